@@ -1,0 +1,193 @@
+"""`make bench`: start what is needed, one server at a time, measure, print one report and one JSON line.
+
+The run is a list of phases. A phase is one server, started once, and what is measured on it; a phase whose
+measurements are all in the journal is skipped. Servers take turns over the phases: A B A B, then the start-ups.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import anyio
+import typer
+
+from bench import check, serve, startup, strategies, tables, tasks
+from bench.harness import PARTS, ROOT, Journal, Options, Work, machine, run_folder
+from bench.meter import Meter
+from bench.report import REFERENCE
+from bench.servers import Launch, Server, running, thinkserve
+from bench.tasks import Problem
+from bench.vllm_server import vllm_server
+from thinkserve.server.vllm_launch import is_cpu_build
+
+app = typer.Typer(add_completion=False)
+DEFAULTS = Options(str(ROOT / "models" / "arith-small"))
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Something measured on a running server: the part it belongs to, the journal keys it fills, how."""
+
+    part: str
+    keys: tuple[str, ...]
+    run: Callable[[Server, Callable[[], None]], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """One server and the jobs it is started for."""
+
+    launch: Launch
+    jobs: tuple[Job, ...]
+
+    def missing(self, journal: Journal) -> bool:
+        """Whether anything is left to do."""
+        return any(key not in journal for job in self.jobs for key in job.keys)
+
+
+class Bench:
+    """One run: its options, its parts, its journal."""
+
+    def __init__(self, options: Options, parts: Sequence[str], folder: Path, rows: Sequence[str] = ()) -> None:
+        """`rows` names the strategy rows that are wanted beside majority@8; none: all of them."""
+        cpu = is_cpu_build()
+        self.options, self.parts, self.folder = options, parts, folder
+        self.journal = Journal(folder / "journal.jsonl")
+        self.launches = (thinkserve(options.model), vllm_server(options.model, cpu=cpu))
+        self.rows = [row for row in strategies.ROWS if not rows or row.name in {*rows, REFERENCE}]
+        self.drift = () if rows else (strategies.DRIFT_ROW,)
+        self.problems = tasks.load(options.level, options.problems, options.seed)
+
+    async def run(self) -> None:
+        """Measure what is missing."""
+        phases = [phase for phase in self.phases() if phase.jobs]
+        with Meter(self._totals(phases)) as meter:
+            for phase in phases:
+                if phase.missing(self.journal):
+                    await self._phase(phase, meter)
+            if "startup" in self.parts:
+                meter.note("starting the servers again and again")
+                await startup.measure(self.launches, self.folder, self._work(partial(meter.advance, "startup")))
+
+    async def _phase(self, phase: Phase, meter: Meter) -> None:
+        meter.note(f"starting {phase.launch.name}")
+        async with running(phase.launch, self.folder / f"{phase.launch.name}.log") as server:
+            meter.note(f"{phase.launch.name} answers after {server.first_answer_s:.1f} s")
+            for job in phase.jobs:
+                await job.run(server, partial(meter.advance, job.part))
+
+    def phases(self) -> Iterator[Phase]:
+        """The phases in order: ours, vLLM's, ours again, and so on."""
+        for number in range(max(2, self.options.chat_rounds)):
+            for launch in self.launches:
+                yield Phase(launch, tuple(self._jobs(launch.name, number)))
+
+    def _jobs(self, server: str, number: int) -> Iterator[Job]:
+        if number == 0 and {"strategies", "serve"} & set(self.parts):
+            yield self._check(server)
+        if "strategies" in self.parts:
+            problems = self.problems[: None if number == 0 else self.options.drift_problems]
+            rows = {0: self.rows, 1: self.drift}.get(number, ())
+            if mine := [row for row in rows if row.server == server]:
+                yield self._rows(mine, problems)
+        if "serve" in self.parts and number < self.options.chat_rounds:
+            yield self._chat(server, number)
+
+    def _work(self, advance: Callable[[], None]) -> Work:
+        return Work(self.options, self.journal, advance)
+
+    def _check(self, name: str) -> Job:
+        async def run(server: Server, advance: Callable[[], None]) -> None:
+            await check.measure(server, name, self.problems, self.journal)
+
+        return Job("check", (check.key(name),), run)
+
+    def _rows(self, rows: Sequence[strategies.Row], problems: Sequence[Problem]) -> Job:
+        async def run(server: Server, advance: Callable[[], None]) -> None:
+            await strategies.measure(server, rows, problems, self._work(advance))
+
+        schedule = strategies.schedule(rows, len(problems), self.options.chunk)
+        return Job("strategies", tuple(key for key, _, _ in schedule), run)
+
+    def _chat(self, name: str, number: int) -> Job:
+        async def run(server: Server, advance: Callable[[], None]) -> None:
+            await serve.measure(server, name, number, self.problems, self._work(advance))
+
+        return Job("serve", tuple(key for key, _, _ in serve.schedule(self.options, name, number)), run)
+
+    def _totals(self, phases: Sequence[Phase]) -> dict[str, tuple[int, int]]:
+        """Measurements done and in all, by part."""
+        keys: dict[str, list[str]] = {part: [] for part in self.parts}
+        for job in (job for phase in phases for job in phase.jobs):
+            if job.part in keys:
+                keys[job.part] += job.keys
+        if "startup" in keys:
+            keys["startup"] = [key for key, _, _ in startup.schedule(self.options, self.launches)]
+        return {part: (sum(key in self.journal for key in names), len(names)) for part, names in keys.items()}
+
+
+@app.command()
+def bench(
+    *,
+    problems: Annotated[int, typer.Option(help="Fresh problems per row.")] = DEFAULTS.problems,
+    quick: Annotated[bool, typer.Option(help="A small run that proves that everything works.")] = False,
+    only: Annotated[
+        list[str] | None, typer.Option(help=f"Only this part; may be repeated: {', '.join(PARTS)}.")
+    ] = None,
+    model: Annotated[Path, typer.Option(help="Directory of the model.", show_default="models/arith-small")] = Path(
+        DEFAULTS.model
+    ),
+    level: Annotated[str, typer.Option(help="Difficulty of the problems.")] = DEFAULTS.level,
+    seed: Annotated[int, typer.Option(help="Seed of problems and sampling.")] = DEFAULTS.seed,
+    concurrency: Annotated[int, typer.Option(help="Problems at once in the strategy rows.")] = DEFAULTS.concurrency,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens per chain in the strategy rows.")] = DEFAULTS.max_tokens,
+    row: Annotated[
+        list[str] | None, typer.Option(help="Only this strategy row and majority@8; may be repeated.")
+    ] = None,
+    load: Annotated[
+        list[int] | None, typer.Option(help="Only this concurrency of plain chat; may be repeated.")
+    ] = None,
+    fresh: Annotated[bool, typer.Option(help="Forget what an earlier run with these options has measured.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Results file (.json; a .md lies beside it).")] = None,
+) -> None:
+    """Measure strategies, plain-chat throughput and start-up against vLLM's own server on this machine."""
+    _known("--only", only, PARTS)
+    _known("--row", row, [one.name for one in strategies.ROWS])
+    options = Options(str(model.resolve()), problems, level, seed, concurrency, max_tokens)
+    options = replace(options.quick() if quick else options, chat_levels=tuple(load or options.chat_levels))
+    folder = run_folder(options)
+    if fresh:
+        (folder / "journal.jsonl").unlink(missing_ok=True)
+    run = Bench(options, only or PARTS, folder, row or ())
+    anyio.run(run.run, backend_options={"use_uvloop": find_spec("uvloop") is not None})
+    _publish(run, out or _results(folder if quick or only or row else ROOT / "bench" / "results"))
+
+
+def _known(option: str, given: Sequence[str] | None, names: Sequence[str]) -> None:
+    if unknown := set(given or ()) - set(names):
+        raise typer.BadParameter(f"{', '.join(sorted(unknown))}; there are {', '.join(names)}", param_hint=option)
+
+
+def _results(folder: Path) -> Path:
+    """`<date>-<machine>.json`."""
+    slug = re.sub(r"[^a-z0-9]+", "-", ",".join(machine().split(",")[:2]).lower()).strip("-")
+    return folder / f"{datetime.now(UTC):%Y-%m-%d}-{slug}.json"
+
+
+def _publish(run: Bench, path: Path) -> None:
+    """Print the tables and, as the last line, the JSON document; keep both beside each other."""
+    date = f"{datetime.now(UTC):%Y-%m-%d}"
+    text = tables.text(run.journal, run.options, run.launches, date)
+    document = json.dumps(tables.document(run.journal, run.options, run.launches, date))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(document + "\n")
+    path.with_suffix(".md").write_text(text + "\n")
+    print(text, document, sep="\n\n")

@@ -1,0 +1,88 @@
+"""AnswerStops: stop strings that act on the answer only; a thought may hold them.
+
+The engine's own stop strings act anywhere, so the answer is decoded here and its stream ended with the token that
+completes a string. Installed only when a request has stop strings: it looks at every token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from thinkserve.server.around import Around, Open, Through
+from thinkserve.strategies.engine import Delta, Engine, Job, Stream, Task, Tokens
+from thinkserve.strategies.text import Phases
+
+
+class AnswerStops(Around):
+    """Ends streams of the target model with "stop" once their answer contains one of `stop`."""
+
+    def __init__(self, inner: Engine, task: Task, stop: tuple[str, ...]) -> None:
+        super().__init__(inner)
+        self._task = task
+        self._stop = stop
+
+    @asynccontextmanager
+    async def watch(self, open: Open, job: Job) -> AsyncIterator[Stream]:
+        """Run a job and look for the strings in what it answers."""
+        async with open(job) as stream:
+            yield _Stopping(stream, self._matcher(job)) if job.role == "target" else stream
+
+    def _matcher(self, job: Job) -> Matcher:
+        matcher = Matcher(self._inner, self._task, self._stop)
+        known = len(self._task.prompt)
+        if job.prompt[:known] == self._task.prompt:
+            # What a chain has written so far is part of its answer.
+            matcher.find(job.prompt[known:])
+        return matcher
+
+
+class Matcher:
+    """Follows one chain from the prompt on."""
+
+    def __init__(self, engine: Engine, task: Task, stop: tuple[str, ...]) -> None:
+        self._phases = Phases(engine.info(), task.phase)
+        self._detokenizer = engine.detokenizer()
+        self._stop = stop
+        self._keep = max(map(len, stop)) - 1
+        self._tail = ""
+        self._held: list[int] = []
+
+    def find(self, tokens: Tokens) -> int | None:
+        """How many of the tokens it takes to complete a stop string; None when they do not."""
+        for index, token in enumerate(tokens):
+            if self._step(token):
+                return index + 1
+        return None
+
+    def _step(self, token: int) -> bool:
+        self._held.append(token)
+        for phase, count in self._phases.push((token,)):
+            run, self._held = self._held[:count], self._held[count:]
+            if phase == "answer":
+                self._tail += self._detokenizer.push(run)
+        found = any(stop in self._tail for stop in self._stop)
+        self._tail = self._tail[-self._keep :] if self._keep else ""
+        return found
+
+
+class _Stopping(Through):
+    __slots__ = ("_matcher", "_over")
+
+    def __init__(self, inner: Stream, matcher: Matcher) -> None:
+        super().__init__(inner)
+        self._matcher = matcher
+        self._over = False
+
+    def __aiter__(self) -> Stream:
+        return self
+
+    async def __anext__(self) -> Delta:
+        if self._over:
+            raise StopAsyncIteration
+        delta = await self._inner.__anext__()
+        size = self._matcher.find(delta.tokens)
+        if size is None:
+            return delta
+        self._over = True
+        return Delta(delta.tokens[:size], delta.logprobs[:size], delta.top[:size], "stop")

@@ -1,0 +1,92 @@
+"""An Engine around an Engine: everything is handed on, and every stream passes through one method.
+
+The segments of a chain are streams like any other, so a subclass that overrides `watch` sees all that is generated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
+
+from thinkserve.strategies.engine import Chain, Control, Detokenizer, Engine, Job, ModelInfo, Role, Stream, Tokens
+
+Open = Callable[[Job], AbstractAsyncContextManager[Stream]]
+
+
+class Around:
+    """Base of the wrappers; by itself it changes nothing."""
+
+    def __init__(self, inner: Engine) -> None:
+        self._inner = inner
+
+    def watch(self, open: Open, job: Job) -> AbstractAsyncContextManager[Stream]:
+        """The stream of `job`, which `open` starts; of a segment, `job` is what the segment amounts to."""
+        return open(job)
+
+    def info(self, role: Role = "target") -> ModelInfo:
+        """Facts about the model of a role."""
+        return self._inner.info(role)
+
+    def encode(self, text: str, role: Role = "target") -> Tokens:
+        """Token ids of plain text."""
+        return self._inner.encode(text, role)
+
+    def decode(self, tokens: Sequence[int], role: Role = "target") -> str:
+        """Text of the tokens."""
+        return self._inner.decode(tokens, role)
+
+    def detokenizer(self, role: Role = "target") -> Detokenizer:
+        """A fresh incremental decoder."""
+        return self._inner.detokenizer(role)
+
+    def generate(self, job: Job) -> AbstractAsyncContextManager[Stream]:
+        """Run a job under watch."""
+        return self.watch(self._inner.generate, job)
+
+    @asynccontextmanager
+    async def chain(self, job: Job) -> AsyncIterator[Chain]:
+        """Open a chain whose segments are under watch."""
+        async with self._inner.chain(job) as chain:
+            yield _Chain(chain, job, self)
+
+    async def score(self, prompt: Tokens, candidates: Sequence[Tokens], role: Role) -> list[float]:
+        """One number per candidate."""
+        return await self._inner.score(prompt, candidates, role)
+
+
+class _Chain:
+    def __init__(self, inner: Chain, job: Job, around: Around) -> None:
+        self._inner, self._job, self._around = inner, job, around
+
+    @property
+    def tokens(self) -> Tokens:
+        return self._inner.tokens
+
+    def inject(self, tokens: Tokens) -> None:
+        self._inner.inject(tokens)
+
+    def segment(
+        self, max_tokens: int, until: Tokens = (), controls: tuple[Control, ...] | None = None
+    ) -> AbstractAsyncContextManager[Stream]:
+        job = replace(self._job, prompt=self._job.prompt + self._inner.tokens, max_tokens=max_tokens)
+        return self._around.watch(lambda each: self._inner.segment(each.max_tokens, until, controls), job)
+
+
+class Through:
+    """Base of the wrapped streams: what it cost is the inner stream's to say."""
+
+    __slots__ = ("_inner",)
+
+    def __init__(self, inner: Stream) -> None:
+        self._inner = inner
+
+    @property
+    def generated(self) -> int:
+        """Tokens sampled so far."""
+        return self._inner.generated
+
+    @property
+    def cached(self) -> int:
+        """Prompt tokens found in the prefix cache."""
+        return self._inner.cached

@@ -1,0 +1,161 @@
+"""Which strategy serves a request: body, `reasoning.mode`, header, model suffix, effort map, default; first one wins.
+
+Two explicit choices that do not come to the same strategy and parameters are an error that names both: a parameter
+that is silently passed over is a wrong experiment. The text of messages is never looked at.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from thinkserve.server import header_item
+from thinkserve.server.errors import ApiError, clean
+from thinkserve.server.protocol import ChatRequest
+from thinkserve.server.settings import Effort, Settings
+from thinkserve.server.validation import from_pydantic, nearest
+from thinkserve.strategies import registry
+from thinkserve.strategies.errors import BadOptions, UnknownStrategy
+from thinkserve.strategies.registry import Options, Strategy
+
+HEADER = "X-Reasoning-Strategy"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A strategy with checked options; `where` is the field that chose it, `param` where its parameters stand."""
+
+    strategy: Strategy
+    options: Options
+    where: str
+    param: str = "strategy.params"
+    preset: str | None = None
+
+    def written(self) -> str:
+        """The choice as it appears in the response header: every effective parameter."""
+        return header_item.write(self.strategy.id, self.options.model_dump(mode="json"))
+
+
+def choose(chat: ChatRequest, headers: Sequence[str], settings: Settings, served: str) -> Choice:
+    """The choice for a request; `headers` are the values of X-Reasoning-Strategy.
+
+    Raises ApiError: 404 model_not_found, 400 unknown_strategy, unknown_parameter, conflicting_strategy and others.
+    """
+    preset = preset_of(chat.model, settings, served)
+    explicit = list(_explicit(chat, headers, preset, settings))
+    for other in explicit[1:]:
+        if not _same(explicit[0], other):
+            raise _conflict(explicit[0], other)
+    if explicit:
+        return explicit[0]
+    mapped = settings.effort_map.get(effort) if (effort := effort_of(chat)) else None
+    if mapped is not None:
+        return resolve(mapped, {}, settings, where="reasoning_effort")
+    return resolve(settings.default_strategy, {}, settings, where="default")
+
+
+def preset_of(model: str, settings: Settings, served: str) -> str | None:
+    """The preset that a model name asks for: exact name first, then `served:preset`. ApiError 404 for other names."""
+    if model == served:
+        return None
+    base, _, suffix = model.rpartition(":")
+    if base == served and suffix in settings.presets:
+        return suffix
+    names = [served, *(f"{served}:{preset}" for preset in settings.presets)]
+    message = f"Unknown model {clean(model)!r}.{nearest(model, names)} Available: {', '.join(names)}."
+    raise ApiError(404, "model_not_found", message, param="model")
+
+
+def effort_of(chat: ChatRequest) -> Effort | None:
+    """The effort asked for, under either name. ApiError 400 when the two differ."""
+    nested = chat.reasoning.effort if chat.reasoning else None
+    if chat.reasoning_effort and nested and chat.reasoning_effort != nested:
+        message = f"reasoning_effort {chat.reasoning_effort!r} and reasoning.effort {nested!r} differ."
+        raise ApiError(400, "conflicting_parameters", message, param="reasoning.effort")
+    return chat.reasoning_effort or nested
+
+
+def resolve(
+    name: str, params: Mapping[str, Any], settings: Settings, *, where: str, param: str = "strategy.params"
+) -> Choice:
+    """A strategy (or, if there is none of that name, a preset) with its parameters checked. Raises ApiError 400."""
+    preset = None
+    try:
+        strategy = registry.get(name if len(name) <= 64 else "")
+    except UnknownStrategy as error:
+        if name not in settings.presets:
+            raise _unknown(name, [*error.known, *settings.presets], where) from None
+        preset = settings.presets[name]
+        if params:
+            message = f"The parameters of preset {name!r} are fixed."
+            raise ApiError(400, "unsupported_parameter", message, param=param) from None
+        strategy, params = registry.get(preset.strategy), preset.params
+    options = checked(strategy, params, param)
+    return Choice(strategy, options, where, param, name if preset else None)
+
+
+def checked(strategy: Strategy, params: Mapping[str, Any], param: str = "strategy.params") -> Options:
+    """The strategy's options. Raises ApiError 400 that points below `param`."""
+    try:
+        # By way of JSON, because only there does strict mode take a list for a tuple or a string for an enum.
+        return strategy.options.model_validate_json(json.dumps(params))
+    except ValidationError as error:
+        known = {param: strategy.options.model_fields}
+        raise from_pydantic(error, dict(params), prefix=param, known=known) from None
+    except BadOptions as error:
+        path = f"{param}.{error.param}" if error.param else param
+        raise ApiError(400, "value_out_of_range", str(error), param=path) from None
+
+
+def check_settings(settings: Settings, served: str) -> None:
+    """ValueError when a preset, the effort map or the default strategy of the configuration cannot work."""
+    try:
+        for name, preset in settings.presets.items():
+            if not re.fullmatch(r"[a-z][a-z0-9-]{0,31}", name) or name == served:
+                raise ValueError(f"preset name {name!r} is not a slug, or is the name of a served model")
+            checked(registry.get(preset.strategy), preset.params, f"presets.{name}.params")
+        for effort, mapped in settings.effort_map.items():
+            if mapped not in settings.presets:
+                raise ValueError(f"effort_map: {effort} names the unknown preset {mapped!r}")
+        resolve(settings.default_strategy, {}, settings, where="default_strategy")
+    except UnknownStrategy as error:
+        raise ValueError(str(error)) from None
+    except ApiError as error:
+        raise ValueError(error.message) from None
+
+
+def _explicit(chat: ChatRequest, headers: Sequence[str], preset: str | None, settings: Settings) -> Iterable[Choice]:
+    if chat.choice is not None:
+        where = "strategy" if isinstance(chat.strategy, str) else "strategy.name"
+        yield resolve(chat.choice.name, chat.choice.params, settings, where=where)
+    if chat.reasoning is not None and chat.reasoning.mode is not None:
+        yield resolve(chat.reasoning.mode, {}, settings, where="reasoning.mode")
+    if headers:
+        try:
+            name, params = header_item.parse(", ".join(headers))
+        except ValueError as error:
+            raise ApiError(400, "invalid_type", f"{HEADER}: {error}.", param=HEADER) from None
+        yield resolve(name, params, settings, where=HEADER, param=HEADER)
+    if preset is not None:
+        fixed = settings.presets[preset]
+        strategy = registry.get(fixed.strategy)
+        yield Choice(strategy, checked(strategy, fixed.params), "model", preset=preset)
+
+
+def _same(one: Choice, other: Choice) -> bool:
+    return one.strategy.id == other.strategy.id and one.options == other.options
+
+
+def _conflict(one: Choice, other: Choice) -> ApiError:
+    message = f"{one.where} asks for {one.written()}, {other.where} for {other.written()}; send one of them."
+    return ApiError(400, "conflicting_strategy", message, param=other.where)
+
+
+def _unknown(name: str, names: Sequence[str], where: str) -> ApiError:
+    message = f"Unknown strategy {clean(name)!r}.{nearest(name, names)} Available: {', '.join(dict.fromkeys(names))}."
+    return ApiError(400, "unknown_strategy", message, param=where)

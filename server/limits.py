@@ -1,0 +1,152 @@
+"""LimitedEngine: a request's ceiling of tokens over all chains, and its deadline; both end every stream at once.
+
+A stream that ends this way has a finish of its own ("ceiling", "deadline"), so the strategy decides with what it has.
+A reader that waits is woken, even if the engine says nothing. Jobs begun afterwards end before they reach the engine.
+The tokens of one engine step may pass the ceiling where several chains share it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from asyncio import CancelledError, Task
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from thinkserve.server.around import Around, Open, Through
+from thinkserve.strategies.engine import Delta, Engine, Finish, Job, Role, Stream, Tokens
+
+End = Literal["ceiling", "deadline"]
+
+
+class LimitedEngine(Around):
+    """Ends all streams after `max_total_tokens`, or `seconds` after its block was entered."""
+
+    def __init__(self, inner: Engine, max_total_tokens: int | None = None, seconds: float | None = None) -> None:
+        super().__init__(inner)
+        self._left = max_total_tokens
+        self._seconds = seconds
+        self._timer: asyncio.TimerHandle | None = None
+        self._open: set[_Limited] = set()
+        self._ended: End | None = None
+
+    def __enter__(self) -> Self:
+        if self._seconds is not None:
+            self._timer = asyncio.get_running_loop().call_later(self._seconds, self.end, "deadline")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def end(self, finish: End) -> None:
+        """End all streams with this finish; the first call counts."""
+        if self._ended is None:
+            self._ended = finish
+            for stream in self._open:
+                stream.wake()
+
+    def ending(self) -> End | None:
+        """Why all streams end, once they do."""
+        return self._ended
+
+    def spend(self, count: int) -> None:
+        """Take note of `count` tokens that were read."""
+        if self._left is not None:
+            self._left -= count
+            if self._left <= 0:
+                self.end("ceiling")
+
+    @asynccontextmanager
+    async def watch(self, open: Open, job: Job) -> AsyncIterator[Stream]:
+        """Run a job within what is left."""
+        if self._ended is not None:
+            yield _Ended(self._ended)
+            return
+        cut = self._left is not None and self._left < job.max_tokens
+        async with open(replace(job, max_tokens=self._left) if cut and self._left else job) as stream:
+            limited = _Limited(stream, self, cut)
+            self._open.add(limited)
+            try:
+                yield limited
+            finally:
+                self._open.discard(limited)
+
+    async def score(self, prompt: Tokens, candidates: Sequence[Tokens], role: Role) -> list[float]:
+        """One number per candidate. Raises TimeoutError once the request has ended: there is no partial score."""
+        if self._ended is not None:
+            raise TimeoutError(self._ended)
+        return await super().score(prompt, candidates, role)
+
+
+class _Limited(Through):
+    __slots__ = ("_cut", "_limits", "_over", "_reader", "_woken")
+
+    def __init__(self, inner: Stream, limits: LimitedEngine, cut: bool) -> None:
+        super().__init__(inner)
+        self._limits = limits
+        self._cut = cut
+        self._over = False
+        self._reader: Task[Any] | None = None
+        self._woken = False
+
+    def __aiter__(self) -> Stream:
+        return self
+
+    def wake(self) -> None:
+        """Get the reader out of its wait; as `asyncio.timeout` does it, without the cost of a scope per delta."""
+        if self._reader is not None and not self._woken:
+            self._woken = True
+            self._reader.cancel()
+
+    async def __anext__(self) -> Delta:
+        if self._over:
+            raise StopAsyncIteration
+        limits = self._limits
+        if (ended := limits.ending()) is not None:
+            return self._last(Delta(), ended)
+        self._reader = reader = asyncio.current_task()
+        before = reader.cancelling() if reader else 0
+        try:
+            delta = await self._inner.__anext__()
+        except CancelledError:
+            ended = limits.ending()
+            # Someone else may have cancelled the reader as well; that is not ours to swallow.
+            if reader is None or ended is None or not self._woken or reader.uncancel() > before:
+                raise
+            return self._last(Delta(), ended)
+        finally:
+            self._reader = None
+        limits.spend(len(delta.tokens))
+        if delta.finish is None:
+            ended = limits.ending()
+            return delta if ended is None else self._last(delta, ended)
+        self._over = True
+        return replace(delta, finish="ceiling") if self._cut and delta.finish == "length" else delta
+
+    def _last(self, delta: Delta, finish: Finish) -> Delta:
+        self._over = True
+        return replace(delta, finish=finish)
+
+
+class _Ended:
+    """The stream of a job that came too late."""
+
+    generated = 0
+    cached = 0
+
+    def __init__(self, finish: Finish) -> None:
+        self._finish: Finish | None = finish
+
+    def __aiter__(self) -> Stream:
+        return self
+
+    async def __anext__(self) -> Delta:
+        finish, self._finish = self._finish, None
+        if finish is None:
+            raise StopAsyncIteration
+        return Delta(finish=finish)

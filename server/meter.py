@@ -1,0 +1,110 @@
+"""MeteredEngine: what a request cost, chain by chain, as the engine counted it.
+
+Tokens that were sampled but never read are included: a stream's own count is taken after its block has been left. Jobs
+that continue an earlier one (same role and seed, a longer prompt) and the segments of a chain are one chain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from thinkserve.server.around import Around, Open, Through
+from thinkserve.server.metrics import Metrics
+from thinkserve.strategies.engine import Delta, Engine, Finish, Job, Role, Stream, Tokens
+from thinkserve.strategies.errors import EngineFailed
+
+# Of a chain that ended in one of these ways nothing was cut off from outside.
+FINISHED: frozenset[Finish | None] = frozenset({"stop", "length", "repetition"})
+
+
+@dataclass(slots=True)
+class Tally:
+    """One chain: tokens generated, prompt tokens found in the cache when it began, and how it ended (None: aborted)."""
+
+    role: Role
+    seed: int | None
+    prompt: Tokens
+    generated: int = 0
+    cached: int = 0
+    finish: Finish | None = None
+    live: bool = True
+    failed: bool = False
+
+    def continues(self, job: Job) -> bool:
+        """Whether `job` goes on where this chain was left."""
+        same = not self.live and self.seed is not None and (self.role, self.seed) == (job.role, job.seed)
+        return same and len(job.prompt) > len(self.prompt) and job.prompt[: len(self.prompt)] == self.prompt
+
+
+class MeteredEngine(Around):
+    """Counts everything that is generated through it."""
+
+    def __init__(self, inner: Engine, metrics: Metrics) -> None:
+        super().__init__(inner)
+        self._metrics = metrics
+        self.chains: list[Tally] = []
+
+    @property
+    def finished(self) -> int:
+        """Chains that came to their own end."""
+        return sum(not chain.live and chain.finish in FINISHED for chain in self.chains)
+
+    @property
+    def generated(self) -> int:
+        """Tokens of all chains and roles; final once nothing is live."""
+        return sum(chain.generated for chain in self.chains)
+
+    @property
+    def cached(self) -> int:
+        """Prompt tokens that were in the cache before the request: what its first chain found."""
+        return self.chains[0].cached if self.chains else 0
+
+    def by_role(self) -> dict[Role, int]:
+        """Generated tokens per role."""
+        totals: dict[Role, int] = {}
+        for chain in self.chains:
+            totals[chain.role] = totals.get(chain.role, 0) + chain.generated
+        return totals
+
+    @asynccontextmanager
+    async def watch(self, open: Open, job: Job) -> AsyncIterator[Stream]:
+        """Run a job and add its count to its chain."""
+        earlier = next((chain for chain in self.chains if chain.continues(job)), None)
+        tally = earlier or Tally(job.role, job.seed, job.prompt)
+        if earlier is None:
+            self.chains.append(tally)
+        tally.live, tally.finish = True, None
+        stream: Stream | None = None
+        self._metrics.chains_inflight.inc()
+        try:
+            async with open(job) as stream:
+                yield _Metered(stream, tally)
+        except EngineFailed:
+            tally.failed = True
+            raise
+        finally:
+            self._metrics.chains_inflight.dec()
+            # Only now, after the block, is the count final.
+            tally.live = False
+            if stream is not None:
+                tally.generated += stream.generated
+                tally.cached = stream.cached if earlier is None else tally.cached
+
+
+class _Metered(Through):
+    __slots__ = ("_tally",)
+
+    def __init__(self, inner: Stream, tally: Tally) -> None:
+        super().__init__(inner)
+        self._tally = tally
+
+    def __aiter__(self) -> Stream:
+        return self
+
+    async def __anext__(self) -> Delta:
+        delta = await self._inner.__anext__()
+        if delta.finish is not None:
+            self._tally.finish = delta.finish
+        return delta

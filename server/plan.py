@@ -1,0 +1,117 @@
+"""The few types that cross the server's inner borders: what was decided at the edge, what it cost, what came out.
+
+`Plan` goes from the wire (protocol, choice, translate) to the runner; `Outcome` comes back. `Backend` is what the
+server needs of a model beyond the Engine protocol. No algorithms, no wire format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from thinkserve.strategies.engine import Answer, Engine, ModelInfo, Phase, Sampling, Task, Tokens
+from thinkserve.strategies.registry import Options, Strategy, StreamMode
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A chat turned into tokens, and where generation starts (None: the model decides)."""
+
+    tokens: Tokens
+    phase: Phase | None
+
+
+class Backend(Protocol):
+    """A served model: an engine per request, the chat template, and its health."""
+
+    @property
+    def info(self) -> ModelInfo:
+        """Facts about the target model."""
+        ...
+
+    @property
+    def defaults(self) -> Sampling:
+        """How tokens are drawn where a request says nothing: the model's generation_config."""
+        ...
+
+    @property
+    def kv_tokens(self) -> int:
+        """How many tokens the key-value cache can hold: the capacity that admission divides."""
+        ...
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine process is there; cheap."""
+        ...
+
+    def engine(self, request_id: str, salt: str | None = None) -> Engine:
+        """The Engine of one request: engine ids start with `request_id`, prefixes are shared within `salt` only."""
+        ...
+
+    async def render(
+        self, messages: Sequence[Mapping[str, Any]], *, thinking: bool | None = None, kwargs: Mapping[str, Any] = {}
+    ) -> Rendered:
+        """Apply the model's chat template off the event loop. Raises TooLong, BadOptions."""
+        ...
+
+    async def check(self) -> None:
+        """Raise EngineDead when the engine cannot serve any more."""
+        ...
+
+    async def aclose(self) -> None:
+        """Stop the engine and its processes."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One admitted request. `stop` strings act on the answer phase only; `timeout_s` bounds the whole request."""
+
+    request_id: str
+    model: str
+    task: Task
+    strategy: Strategy
+    options: Options
+    stop: tuple[str, ...] = ()
+    timeout_s: float | None = None
+    stream_mode: StreamMode = "winner"
+    preset: str | None = None
+    salt: str | None = None
+    warnings: tuple[str, ...] = ()
+    include_reasoning: bool = True
+    usage_scope: Literal["all", "winner"] = "all"
+
+    @property
+    def cost(self) -> int:
+        """KV tokens that the request may hold at once: chains x (prompt + tokens per chain)."""
+        return self.options.chains() * (len(self.task.prompt) + self.task.max_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens as the engine counted them; the prompt once, every generated token of every chain, lost ones included."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    winner_tokens: int
+    answer_tokens: int
+    chains_started: int
+    chains_finished: int
+    chains_aborted: int
+    wall_ms: float
+    ttft_ms: float | None
+
+    @property
+    def wasted_tokens(self) -> int:
+        """Generated tokens that are not in the returned completion."""
+        return self.completion_tokens - self.winner_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the runner hands back once the strategy has decided."""
+
+    answer: Answer
+    usage: Usage

@@ -1,0 +1,68 @@
+"""Everything that can be wrong before the engine's slow imports: the operator is told within a second, in one line."""
+
+from __future__ import annotations
+
+from ctypes import CDLL
+from dataclasses import dataclass
+from pathlib import Path
+
+from thinkserve.server.choice import check_settings
+from thinkserve.server.model_dir import ModelDir, StartError, find_model
+from thinkserve.server.settings import Settings
+from thinkserve.server.vllm_launch import is_cpu_build
+
+GPU_ONLY = ("gpu_memory_utilization", "tensor_parallel_size")
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What is known to be in order: the model's directory, its name on the wire, and which kind of engine there is."""
+
+    model: ModelDir
+    served: str
+    cpu: bool
+
+
+def check(settings: Settings) -> Checked:
+    """Check the engine, the model, the presets and the key file against each other. Raises StartError."""
+    cpu = is_cpu_build()
+    if cpu:
+        _refuse_gpu_options(settings)
+        check_libraries()
+    if settings.api_keys_file is not None:
+        _check_keys(settings.api_keys_file)
+    model = find_model(settings.model)
+    served = settings.served_name or model.name
+    check_names(settings, served)
+    return Checked(model, served, cpu)
+
+
+def check_names(settings: Settings, served: str) -> None:
+    """Check that presets, effort map and default strategy name what exists. Raises StartError."""
+    try:
+        check_settings(settings, served)
+    except ValueError as error:
+        raise StartError(str(error)) from None
+
+
+def check_libraries() -> None:
+    """Check for the one system library that vLLM's CPU kernels need and no Python package brings. Raises StartError."""
+    try:
+        CDLL("libnuma.so.1")
+    except OSError:
+        raise StartError("libnuma.so.1 is missing; install it (Debian, Ubuntu: package libnuma1)") from None
+
+
+def _refuse_gpu_options(settings: Settings) -> None:
+    for name in GPU_ONLY:
+        if getattr(settings, name) != Settings.model_fields[name].default:
+            raise StartError(f"{name} needs a GPU, but the engine is vLLM's CPU build (ENGINE=cuda installs the other)")
+
+
+def _check_keys(file: Path) -> None:
+    try:
+        keys = file.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartError(f"Cannot read api_keys_file {file}: {getattr(error, 'strerror', 'not text')}") from None
+    if not keys:
+        raise StartError(f"api_keys_file {file} holds no key; without the setting, no key is needed")

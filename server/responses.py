@@ -1,0 +1,190 @@
+"""The two ways to answer a chat: one JSON document, or a stream of chunks. Both run the strategy inside `__call__`.
+
+What can be known beforehand (is the engine alive, is there room) is checked before the first byte, so it has a status
+of its own; what fails later in a stream becomes `data: {"error": ...}`. A client that leaves takes all chains with it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from time import monotonic
+
+from anyio import CancelScope, sleep
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from thinkserve.server import errors, wire_out
+from thinkserve.server.errors import ApiError
+from thinkserve.server.exchange import Exchange
+from thinkserve.server.metrics import LeftIn
+from thinkserve.server.plan import Outcome, Plan
+from thinkserve.server.protocol import ChatRequest
+from thinkserve.server.runner import usable
+from thinkserve.server.sse import MARK, EventWriter, Template, comment, data
+from thinkserve.server.state import ServerState
+from thinkserve.server.text_out import TextOut
+from thinkserve.strategies.engine import Event, Piece
+from thinkserve.strategies.errors import ReasoningError
+
+logger = logging.getLogger("thinkserve")
+
+KNOWN = (ApiError, ReasoningError, TimeoutError)
+
+
+class ChatResponse(Response):
+    """What both have in common."""
+
+    def __init__(self, plan: Plan, chat: ChatRequest, state: ServerState, headers: Mapping[str, str]) -> None:
+        # As StreamingResponse does it: the base class would declare an empty body.
+        self.status_code = 200
+        self.background = None
+        self.init_headers(headers)
+        self.plan, self.chat, self.state = plan, chat, state
+
+    async def enter(self, scope: Scope) -> AbstractContextManager[None]:
+        """The place of this request among those at work. Raises EngineDead; entering it raises ApiError 503."""
+        await self.state.backend.check()
+        self.execution = self.state.runner.open(self.plan, client(scope))
+        self.text = TextOut(self.execution.texts, self.plan)
+        return self.state.admission.admit(self.plan)
+
+    def left(self, exchange: Exchange) -> bool:
+        """Whether the client has gone; counted here."""
+        if exchange.gone is None:
+            return False
+        phase: LeftIn = "answering" if self.text.reasoning or self.text.content else "waiting"
+        self.state.metrics.disconnected(phase, monotonic() - exchange.gone)
+        return True
+
+    def timed_out(self) -> ApiError:
+        """The deadline passed and there is nothing to show."""
+        return errors.from_exception(TimeoutError(), self.plan.request_id)
+
+    def told(self, error: Exception) -> ApiError:
+        """What the client is told; errors that nobody foresaw are logged with their traceback."""
+        if not isinstance(error, KNOWN):
+            logger.error("request %s failed", self.plan.request_id, exc_info=error)
+        return errors.from_exception(error, self.plan.request_id)
+
+
+class ChatJson(ChatResponse):
+    """The whole answer as one JSON document."""
+
+    media_type = "application/json"
+
+    def __init__(self, plan: Plan, chat: ChatRequest, state: ServerState) -> None:
+        super().__init__(plan, chat, state, {})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the strategy and send the completion; nothing is sent to a client that has left."""
+        with await self.enter(scope):
+            exchange = Exchange(receive)
+            self._error: ApiError | None = None
+            await exchange.run(self._work)
+        if self.left(exchange):
+            return
+        if self._error is not None:
+            raise self._error
+        self.headers["content-length"] = str(len(self._body))
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self._body})
+
+    async def _work(self) -> None:
+        try:
+            outcome = await self.state.runner.run(self.execution, self._emit)
+            if not usable(outcome):
+                raise self.timed_out()
+            self.text.flush()
+            completion = wire_out.completion(self.plan, self.chat, outcome, self.text)
+            self._body = json.dumps(completion, allow_nan=False, separators=(",", ":")).encode()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the client is told once the task group is closed
+            self._error = self.told(error)
+
+    async def _emit(self, item: Piece | Event) -> None:
+        if isinstance(item, Piece):
+            self.text.push(item)
+
+
+class ChatStream(ChatResponse):
+    """The answer as it comes, chunk by chunk."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, plan: Plan, chat: ChatRequest, state: ServerState) -> None:
+        super().__init__(plan, chat, state, {"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        options = chat.stream_options
+        self._progress = bool(options and options.include_progress)
+        self._counts = bool(options and options.include_usage)
+        self._seq = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the role at once, then run the strategy; the stream always ends with `[DONE]`."""
+        with await self.enter(scope):
+            self._chunks = chunks = wire_out.Chunks(self.plan, self.chat)
+            self._templates = {
+                "thinking": Template(chunks.reasoning(MARK)),
+                "answer": Template(chunks.content(MARK)),
+            }
+            self._writer = EventWriter(send)
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            exchange = Exchange(receive)
+            await exchange.run(self._work, self._keep_alive)
+            self.left(exchange)
+
+    async def _work(self) -> None:
+        started = monotonic()
+        self._started = started
+        try:
+            await self._writer.write(data(self._chunks.role()))
+            await self._finish(await self.state.runner.run(self.execution, self._emit))
+        except OSError:
+            # Some servers report a client that has gone this way; the listener hears of it as well.
+            return
+        except Exception as error:  # noqa: BLE001 - the status is sent; all that is left is an error event
+            await self._writer.write(data(errors.body(self.told(error))))
+        await self._writer.end()
+
+    async def _finish(self, outcome: Outcome) -> None:
+        if not usable(outcome) and not self.text.reasoning:
+            raise self.timed_out()
+        blocks = [self._block(phase, text) for phase, text in self.text.flush()]
+        blocks.append(data(self._chunks.finish(outcome, stopped=self.text.stopped is not None)))
+        if self._counts:
+            blocks.append(data(self._chunks.usage(outcome.usage)))
+        await self._writer.write(b"".join(blocks))
+
+    async def _emit(self, item: Piece | Event) -> None:
+        if isinstance(item, Piece):
+            for phase, text in self.text.push(item):
+                if block := self._block(phase, text):
+                    await self._writer.write(block)
+        elif self._progress:
+            self._seq += 1
+            t_ms = (monotonic() - self._started) * 1000
+            await self._writer.write(data(self._chunks.progress(item, self._seq, t_ms)))
+
+    def _block(self, phase: str, text: str) -> bytes:
+        if phase == "answer" and self.chat.logprobs:
+            return data(self._chunks.content(text, self.text.take_logprobs()))
+        if phase == "thinking" and self.plan.stream_mode == "none":
+            return b""
+        return self._templates[phase].fill(text)
+
+    async def _keep_alive(self, scope: CancelScope) -> None:
+        """Comment on silence; return when the client has taken nothing for too long."""
+        writer, silence, patience = self._writer, self.state.settings.keep_alive_s, self.state.send_timeout_s
+        while writer.stuck < patience:
+            due = writer.last + silence - monotonic()
+            if writer.busy or due > 0:
+                await sleep(min(1.0 if writer.busy else due, patience / 4))
+            else:
+                await writer.write(comment(f"keep-alive {self.execution.status()}"))
+
+
+def client(scope: Scope) -> dict[str, object]:
+    """What the log says about who asked."""
+    state = scope.get("state", {})
+    return {name: state[name] for name in ("client_id", "key_id") if state.get(name) is not None}

@@ -1,0 +1,193 @@
+"""One request at work: the strategy on a metered, limited engine, until it has decided or must be cut off.
+
+Whatever happens - an answer, an error, a client that left - usage is counted and one line is logged, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from time import monotonic
+
+from anyio import CancelScope, current_time
+
+from thinkserve.server.answer_stops import AnswerStops
+from thinkserve.server.errors import NO_RETRY, ApiError, from_exception
+from thinkserve.server.limits import LimitedEngine
+from thinkserve.server.meter import FINISHED, MeteredEngine, Tally
+from thinkserve.server.metrics import ChainEnd, Metrics, RequestOutcome
+from thinkserve.server.plan import Backend, Outcome, Plan, Usage
+from thinkserve.server.request_log import RequestLog
+from thinkserve.strategies.engine import Answer, Emit, Engine, Event, Piece
+
+# After its deadline a strategy has this long to decide with what it has.
+GRACE_S = 1.5
+OUTCOMES: dict[str, RequestOutcome] = {
+    "deadline_exceeded": "deadline", "draining": "aborted", "engine_unavailable": "error", "overloaded": "overload",
+}  # fmt: skip
+
+
+class Runner:
+    """Runs requests and knows those that are at work."""
+
+    def __init__(self, backend: Backend, metrics: Metrics, log: RequestLog) -> None:
+        self._backend = backend
+        self._metrics = metrics
+        self._log = log
+        self._live: set[Execution] = set()
+
+    @property
+    def live(self) -> int:
+        """How many requests are at work."""
+        return len(self._live)
+
+    def open(self, plan: Plan, client: Mapping[str, object] = {}) -> Execution:
+        """A request, ready to run; `client` is what the log shall say about who asked."""
+        engine = self._backend.engine(plan.request_id, plan.salt)
+        return Execution(plan, engine, client, self._metrics)
+
+    def decide(self) -> None:
+        """Ask all requests at work to answer with what they have."""
+        for execution in self._live:
+            execution.decide()
+
+    def abort(self) -> None:
+        """Cut all requests off; their clients are told that the server is shutting down."""
+        for execution in self._live:
+            execution.abort()
+
+    async def run(self, execution: Execution, emit: Emit) -> Outcome:
+        """The strategy's decision, accounted for. Raises what the strategy raised (never a group), or ApiError."""
+        outcome: RequestOutcome = "aborted"
+        self._live.add(execution)
+        try:
+            answer = await execution.decision(emit)
+            outcome = "deadline" if answer.stopped_by == "deadline" else "ok"
+            return Outcome(answer, execution.usage())
+        except Exception as error:
+            told = from_exception(error, execution.plan.request_id)
+            outcome = OUTCOMES.get(told.code, "client_error" if told.status < 500 else "error")
+            raise
+        finally:
+            self._live.discard(execution)
+            self._account(execution, outcome)
+
+    def _account(self, execution: Execution, outcome: RequestOutcome) -> None:
+        usage, strategy = execution.usage(), execution.plan.strategy.id
+        self._metrics.request(strategy, outcome, usage.wall_ms / 1000)
+        self._metrics.usage(strategy, usage)
+        self._metrics.chains(strategy, _ends(execution.meter.chains, outcome))
+        self._log.request(execution.plan, usage, outcome, execution.client)
+
+
+class Execution:
+    """One request. `texts` decodes for it; `meter` counts for it while it runs and afterwards."""
+
+    def __init__(self, plan: Plan, engine: Engine, client: Mapping[str, object], metrics: Metrics) -> None:
+        self.plan = plan
+        self.client = client
+        self.texts = engine
+        self._limits = LimitedEngine(engine, plan.task.max_total_tokens, plan.timeout_s)
+        stopping = AnswerStops(self._limits, plan.task, plan.stop) if plan.stop else self._limits
+        self.meter = MeteredEngine(stopping, metrics)
+        self._scope = CancelScope()
+        self._cause: ApiError | None = None
+        self._started = monotonic()
+        self._emitted = _Emitted()
+
+    def status(self) -> str:
+        """Where the request stands, for people."""
+        seconds = monotonic() - self._started
+        return f"{len(self.meter.chains)} chains, {self.meter.finished} finished, {seconds:.1f}s"
+
+    def usage(self) -> Usage:
+        """What was spent up to now."""
+        meter, out, generated = self.meter, self._emitted, self.meter.generated
+        # Tokens of ours in the answer (a forced end of thinking) were not generated.
+        winner = min(out.tokens, generated)
+        return Usage(
+            prompt_tokens=len(self.plan.task.prompt),
+            cached_tokens=min(meter.cached, len(self.plan.task.prompt)),
+            completion_tokens=generated,
+            winner_tokens=winner,
+            answer_tokens=min(out.answer, winner),
+            chains_started=len(meter.chains),
+            chains_finished=meter.finished,
+            chains_aborted=len(meter.chains) - meter.finished,
+            wall_ms=(monotonic() - self._started) * 1000,
+            ttft_ms=None if out.first is None else (out.first - self._started) * 1000,
+        )
+
+    def decide(self) -> None:
+        """End all streams as at the deadline."""
+        self._limits.end("deadline")
+        self._scope.deadline = min(self._scope.deadline, current_time() + GRACE_S)
+
+    def abort(self) -> None:
+        """Cut the request off."""
+        self._cause = ApiError(503, "draining", "The server is shutting down.", "overloaded_error", None, NO_RETRY)
+        self._scope.cancel()
+
+    async def decision(self, emit: Emit) -> Answer:
+        """The strategy's answer; TimeoutError when it does not decide within the grace after its deadline."""
+        plan, self._emitted.emit = self.plan, emit
+        if plan.timeout_s is not None:
+            self._scope.deadline = current_time() + plan.timeout_s + GRACE_S
+        try:
+            with self._limits, self._scope:
+                return await plan.strategy.run(plan.task, self.meter, self._emitted, plan.options)
+        except BaseExceptionGroup as group:
+            raise _leading(group) from group
+        raise self._cause or TimeoutError
+
+
+class _Emitted:
+    """Hands on what the strategy emits, and counts the committed tokens."""
+
+    def __init__(self) -> None:
+        self.emit: Emit | None = None
+        self.tokens = 0
+        self.answer = 0
+        self.first: float | None = None
+
+    async def __call__(self, item: Piece | Event) -> None:
+        if isinstance(item, Piece):
+            if self.first is None:
+                self.first = monotonic()
+            count = len(item.tokens)
+            self.tokens += count
+            if item.phase == "answer":
+                self.answer += count
+        if self.emit is not None:
+            await self.emit(item)
+
+
+def usable(outcome: Outcome) -> bool:
+    """Whether there is something to show: all but what a deadline cut off before the answer had begun."""
+    return outcome.answer.finish != "deadline" or outcome.usage.answer_tokens > 0
+
+
+def _leading(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The error that stands for a group: the mildest as clients see them."""
+    return min(_leaves(group), key=lambda leaf: from_exception(leaf, "").status)
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
+    for member in group.exceptions:
+        if isinstance(member, BaseExceptionGroup):
+            yield from _leaves(member)
+        else:
+            yield member
+
+
+def _ends(chains: list[Tally], outcome: RequestOutcome) -> Iterator[tuple[ChainEnd, int]]:
+    """How each chain ended; of an answered request one chain that came to its end has won."""
+    won = outcome not in {"ok", "deadline"}
+    for chain in chains:
+        end: ChainEnd
+        if chain.finish is None:
+            end = "error" if chain.failed else "aborted"
+        elif chain.finish == "length" or chain.finish not in FINISHED:
+            end = "length"
+        else:
+            end, won = ("lost" if won else "won"), True
+        yield end, chain.generated

@@ -1,0 +1,49 @@
+"""From settings to a running server, fast to fail and then fast to start.
+
+The order is the point: check everything that can be checked, take the port, load the engine, build the app, say where.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from time import monotonic
+
+import anyio
+from rich.console import Console
+
+from thinkserve.server import banner, logs
+from thinkserve.server.lifecycle import Server, reserve_socket
+from thinkserve.server.preflight import Checked, check
+from thinkserve.server.settings import Settings
+
+
+def run(settings: Settings, console: Console) -> int:
+    """Serve until a signal or the engine's end; the exit status. Raises StartError before anything slow if it can."""
+    begin = monotonic()
+    checked = check(settings)
+    listener = reserve_socket(settings.host, settings.port)
+    # A forked engine process must not keep the port open when this process is gone.
+    os.register_at_fork(after_in_child=listener.close)
+    logs.set_up(settings.log_json)
+    megabytes, device = round(checked.model.weight_bytes / 1e6), "CPU" if checked.cpu else "GPU"
+    console.print(f"loading {checked.served} ({checked.model.architecture}, {megabytes} MB) on {device}")
+    return anyio.run(_serve, settings, checked, listener, console, begin, backend_options={"use_uvloop": True})
+
+
+async def _serve(
+    settings: Settings, checked: Checked, listener: socket.socket, console: Console, begin: float
+) -> int:
+    from thinkserve.server.vllm_engine import create
+
+    with banner.loading(console):
+        backend = await create(settings)
+    server = Server(settings, backend, listener)
+    url = banner.address(settings.host, listener.getsockname()[1])
+    keyed = bool(settings.api_keys or settings.api_keys_file)
+    preset = next(iter(settings.presets), None)
+
+    def ready() -> None:
+        banner.started(console, url, checked.served, preset, monotonic() - begin, keyed)
+
+    return await server.run(ready)

@@ -1,0 +1,79 @@
+"""Every knob of the server, typed and described: defaults < YAML file < environment (`THINKSERVE_*`) < command line.
+
+Imports nothing of ours. Unknown keys are errors; secrets come from the environment or a file, never from the command
+line.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+
+class Preset(BaseModel):
+    """A named strategy with frozen parameters, offered to clients as the model `served-name:preset`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    strategy: str
+    params: dict[str, Any] = Field(default_factory=dict[str, Any])
+    description: str = ""
+
+
+def default_presets() -> dict[str, Preset]:
+    """The presets that README shows."""
+    return {
+        "race": Preset(strategy="short-m-at-k", params={"k": 8, "m": 3}, description="vote of the 3 shortest of 8"),
+        "fast": Preset(strategy="short-m-at-k", params={"k": 4, "m": 1}, description="the first of 4 to finish"),
+        "majority": Preset(strategy="majority", params={"k": 8}, description="vote over 8 chains"),
+    }
+
+
+class Settings(BaseSettings):
+    """The effective configuration of one server process."""
+
+    model_config = SettingsConfigDict(env_prefix="THINKSERVE_", extra="forbid", frozen=True, env_nested_delimiter="__")
+
+    model: str | None = Field(None, description="Directory or name of the model; default: the embedded arith-small.")
+    served_name: str | None = Field(None, description="Name clients use; default: the last part of the model's path.")
+    host: str = Field("127.0.0.1", description="Address to bind.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to bind; 0 picks a free one.")
+    api_keys: SecretStr | None = Field(None, description="Comma-separated API keys; unset: no authentication.")
+    api_keys_file: Path | None = Field(None, description="File with one API key per line; read at start.")
+    public_routes: tuple[str, ...] = Field(
+        ("/health", "/livez", "/readyz", "/version"), description="Paths that need no key when keys are set."
+    )
+    allowed_hosts: tuple[str, ...] = Field(("*",), description="Host headers that are answered.")
+    default_strategy: str = Field("single", description="Strategy when the request names none.")
+    presets: dict[str, Preset] = Field(
+        default_factory=default_presets, description="Named strategies, offered as the model `name:preset`."
+    )
+    effort_map: dict[Effort, str] = Field(
+        default_factory=dict[Effort, str], description="reasoning_effort -> preset; empty: effort only sets the budget."
+    )
+    usage_scope: Literal["all", "winner"] = Field("all", description="Which chains usage.completion_tokens counts.")
+    max_chains: int = Field(64, ge=1, description="Most chains one request may run.")
+    max_request_tokens: int = Field(1_000_000, ge=1, description="Most tokens of one request, all chains together.")
+    max_inflight: int = Field(256, ge=1, description="Most requests at work at once; more are answered 503.")
+    max_body_bytes: int = Field(4 * 2**20, ge=1024, description="Largest request body in bytes.")
+    request_timeout_s: float = Field(600.0, gt=0, description="Deadline of a request that names none, in seconds.")
+    keep_alive_s: float = Field(10.0, gt=0, description="Seconds of silence after which a stream gets a comment.")
+    drain_timeout_s: float = Field(120.0, ge=0, description="Seconds that requests may go on after SIGTERM.")
+    log_json: bool = Field(False, description="One JSON line per request instead of text.")
+    # Engine
+    dtype: str = Field("auto", description="Weights' type in the engine.")
+    max_model_len: int | None = Field(None, ge=16, description="Context in tokens; default: the model's own.")
+    max_num_seqs: int = Field(128, ge=1, description="Most sequences decoded at once.")
+    kv_cache_gib: float | None = Field(
+        None, gt=0, description="Size of the KV cache in GiB; default: 1 on a CPU, on a GPU what is left."
+    )
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="Share of GPU memory if kv_cache_gib is unset.")
+    tensor_parallel_size: int = Field(1, ge=1, description="GPUs per model.")
+    enforce_eager: bool | None = Field(None, description="Skip torch.compile; default: on CPU yes, on GPU no.")
+    reasoning_open: str = Field("<think>", description="Tag that opens thinking.")
+    reasoning_close: str = Field("</think>", description="Tag that closes thinking.")

@@ -1,0 +1,233 @@
+"""The vLLM adapter: AsyncLLM as the strategies' Engine and as the server's Backend.
+
+`create` imports and starts vLLM; importing this module does not. The Engine of a request is a cheap view of the backend
+that carries the request's id and cache salt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import anyio.to_thread
+
+from thinkserve.server.model_dir import find_model
+from thinkserve.server.plan import Rendered
+from thinkserve.server.settings import Settings
+from thinkserve.strategies.chain import ResubmittedChain
+from thinkserve.strategies.engine import (
+    Chain,
+    Detokenizer,
+    Job,
+    ModelInfo,
+    Role,
+    Sampling,
+    Stream,
+    Tokens,
+)
+from thinkserve.strategies.errors import EngineDead, Unsupported
+
+if TYPE_CHECKING:
+    from thinkserve.server.vllm_render import Renderer
+
+
+async def create(settings: Settings) -> VllmBackend:
+    """Start vLLM with the configured model and serve it a first request. Raises StartError.
+
+    The event loop is blocked while vLLM is imported and started.
+    """
+    model = find_model(settings.model)
+    from thinkserve.server.vllm_launch import launch
+
+    llm = launch(settings, model)
+    try:
+        from thinkserve.server.vllm_render import Renderer
+
+        renderer = Renderer(llm, settings, settings.served_name or model.name)
+        backend = VllmBackend(llm, renderer, await llm.get_supported_tasks())
+        await backend.warm_up()
+    except BaseException:
+        llm.shutdown(timeout=0)
+        raise
+    return backend
+
+
+class VllmBackend:
+    """One served model. Everything here belongs to the event loop that `create` ran on."""
+
+    def __init__(self, llm: Any, renderer: Renderer, tasks: Any) -> None:
+        from thinkserve.server.vllm_stream import VllmStream, sampling_params
+
+        self._open: Any = llm
+        self._renderer = renderer
+        self._tasks = tasks
+        self._stream = VllmStream
+        self._params = sampling_params
+        self._serial = count()
+
+    @property
+    def _llm(self) -> Any:
+        if self._open is None:
+            raise EngineDead("The engine has been stopped.")
+        return self._open
+
+    @property
+    def info(self) -> ModelInfo:
+        """Facts about the target model."""
+        return self._renderer.info
+
+    @property
+    def defaults(self) -> Sampling:
+        """How tokens are drawn where a request says nothing: the model's generation_config."""
+        found = self._llm.model_config.get_diff_sampling_param()
+        known = {name: value for name, value in found.items() if name in Sampling.__dataclass_fields__}
+        return Sampling(**known | {"top_k": max(known.get("top_k", 0), 0)})
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that the key-value cache holds; one block is vLLM's own."""
+        cache = self._llm.vllm_config.cache_config
+        return int((cache.num_gpu_blocks - 1) * cache.block_size)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine process is there."""
+        return self._open is not None and not self._open.errored
+
+    @property
+    def unfinished(self) -> int:
+        """Jobs that vLLM is still to answer."""
+        return int(self._llm.output_processor.get_num_unfinished_requests())
+
+    def engine(self, request_id: str, salt: str | None = None) -> VllmEngine:
+        """The Engine of one request: engine ids start with `request_id`, prefixes are shared within `salt` only."""
+        return VllmEngine(self, self._renderer, request_id, salt)
+
+    def open(self, request_id: str, salt: str | None, job: Job, **more: Any) -> AbstractAsyncContextManager[Any]:
+        """A stream of `job`, not yet submitted; `more` goes to vLLM's sampling parameters."""
+        params = self._params(job, self.info, **more)
+        engine_id = f"{request_id}-{next(self._serial)}"
+        return self._stream(self._llm, self._tasks, engine_id, job=job, params=params, salt=salt)
+
+    async def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        thinking: bool | None = None,
+        kwargs: Mapping[str, Any] = {},
+    ) -> Rendered:
+        """Apply the model's chat template off the event loop. Raises TooLong, BadOptions."""
+        return await self._renderer.render(messages, thinking, kwargs)
+
+    async def warm_up(self) -> None:
+        """Run one token of every kind through the engine, so that the first request does not pay for lazy set-up."""
+        prompt = (self.info.eos or (0,))[:1]
+        for logprobs in (None, 0):
+            job = Job(
+                prompt=prompt,
+                max_tokens=1,
+                logprobs=logprobs,
+                sampling=Sampling(top_p=0.9),
+                seed=0,
+            )
+            async with self.open("warm-up", "warm-up", job) as stream:
+                async for _ in stream:
+                    pass
+
+    async def check(self) -> None:
+        """Raise EngineDead when the engine cannot serve any more."""
+        if not self.alive:
+            raise EngineDead("The engine is gone.")
+
+    async def aclose(self) -> None:
+        """Stop the engine and its processes; streams that are still open end with EngineDead."""
+        llm, self._open = self._open, None
+        if llm is None:
+            return
+        llm.output_processor.propagate_error(EngineDead("The server is shutting down."))
+        # Ends vLLM's reader before its socket closes, which it would report as the death of the engine.
+        llm.output_handler.cancel()
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(lambda: llm.shutdown(timeout=5))
+
+
+class VllmEngine:
+    """The Engine of one request."""
+
+    __slots__ = ("_backend", "_id", "_renderer", "_salt")
+
+    def __init__(
+        self,
+        backend: VllmBackend,
+        renderer: Renderer,
+        request_id: str,
+        salt: str | None,
+    ) -> None:
+        self._backend = backend
+        self._renderer = renderer
+        self._id = request_id
+        self._salt = salt
+
+    def info(self, role: Role = "target") -> ModelInfo:
+        """Facts about the model of a role. Raises Unsupported for a role other than `target`."""
+        self._need(role)
+        return self._renderer.info
+
+    def encode(self, text: str, role: Role = "target") -> Tokens:
+        """Token ids of plain text; no special tokens are added."""
+        self._need(role)
+        return self._renderer.encode(text)
+
+    def decode(self, tokens: Sequence[int], role: Role = "target") -> str:
+        """Text of the tokens, special tokens left out."""
+        self._need(role)
+        return self._renderer.decode(tokens)
+
+    def detokenizer(self, role: Role = "target") -> Detokenizer:
+        """A fresh incremental decoder."""
+        self._need(role)
+        return self._renderer.detokenizer()
+
+    def generate(self, job: Job) -> AbstractAsyncContextManager[Stream]:
+        """Run a job; leaving the block aborts what is left of it in the engine."""
+        self._need(job.role)
+        return self._backend.open(self._id, self._salt, job)
+
+    @asynccontextmanager
+    async def chain(self, job: Job) -> AsyncIterator[Chain]:
+        """Open a chain on the job's prompt, by resubmission: the prefix cache keeps what was computed."""
+        yield ResubmittedChain(self.generate, job, self.info(job.role))
+
+    async def score(self, prompt: Tokens, candidates: Sequence[Tokens], role: Role) -> list[float]:
+        """Log-probability in nats of each candidate after `prompt`, under the model's own distribution.
+
+        Costs one generated token per token of the candidates, all at once; the prompt comes from the prefix cache.
+        """
+        self._need(role)
+        scores = [[0.0] * len(candidate) for candidate in candidates]
+        async with anyio.create_task_group() as group:
+            for candidate, row in zip(candidates, scores, strict=True):
+                for index in range(len(candidate)):
+                    group.start_soon(
+                        self._score_token,
+                        (*prompt, *candidate[:index]),
+                        candidate[index],
+                        row,
+                        index,
+                    )
+        return [sum(row) for row in scores]
+
+    async def _score_token(self, prompt: Tokens, token: int, row: list[float], index: int) -> None:
+        # The step may draw nothing but `token`, and vLLM reports log-probabilities from before that restriction. (Its
+        # own `logprob_token_ids` would take away the alternatives of other requests in the batch.)
+        job = Job(prompt=prompt, max_tokens=1, sampling=Sampling(temperature=0.0), logprobs=0)
+        async with self._backend.open(self._id, self._salt, job, allowed_token_ids=[token]) as stream:
+            async for delta in stream:
+                row[index] += sum(delta.logprobs)
+
+    def _need(self, role: Role) -> None:
+        if role != "target":
+            raise Unsupported(f"No model is configured for the role {role!r}.", "role")

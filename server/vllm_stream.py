@@ -1,0 +1,234 @@
+"""One job inside vLLM: entering submits it, iterating yields what the engine sampled, leaving aborts it.
+
+The stream takes the place of vLLM's own output collector: the output processor calls `put` once per engine step, right
+after it has counted the step's tokens in `vllm:generation_tokens`. So `generated` agrees with that counter at every
+moment, whatever the strategy has read, and there is nothing to drain after an abort.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Final, Self
+
+import anyio
+from vllm.exceptions import VLLMClientError
+from vllm.inputs.engine import tokens_input
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from thinkserve.strategies.engine import Delta, Finish, Job, ModelInfo
+from thinkserve.strategies.errors import (
+    BadOptions,
+    EngineDead,
+    EngineFailed,
+    TooLong,
+    Unsupported,
+)
+
+# vLLM's finish reasons that are ours too; "abort" and "error" are failures unless we aborted.
+_FINISH: Final[dict[str, Finish]] = {
+    "stop": "stop",
+    "length": "length",
+    "repetition": "repetition",
+}
+
+TopList = tuple[tuple[int, float], ...]
+
+
+@contextmanager
+def engine_errors() -> Iterator[None]:
+    """Turn vLLM's exceptions into ours."""
+    try:
+        yield
+    except EngineDeadError as error:
+        raise EngineDead("The engine is gone.") from error
+    except (VLLMClientError, ValueError) as error:
+        raise BadOptions(str(error), getattr(error, "parameter", None)) from error
+
+
+def sampling_params(job: Job, info: ModelInfo, **more: Any) -> SamplingParams:
+    """vLLM's parameters of a job. Raises BadOptions for values out of range, TooLong, Unsupported."""
+    if len(job.prompt) >= info.context:
+        raise TooLong(len(job.prompt), info.context)
+    if job.controls:
+        raise Unsupported(f"Unsupported control: {type(job.controls[0]).__name__}")
+    draw = job.sampling
+    with engine_errors():
+        return SamplingParams(
+            max_tokens=min(job.max_tokens, info.context - len(job.prompt)),
+            temperature=draw.temperature,
+            top_p=draw.top_p,
+            top_k=draw.top_k,
+            min_p=draw.min_p,
+            presence_penalty=draw.presence_penalty,
+            frequency_penalty=draw.frequency_penalty,
+            repetition_penalty=draw.repetition_penalty,
+            logit_bias=dict(draw.logit_bias) or None,
+            seed=None if job.seed is None else job.seed % 2**63,
+            stop=list(job.stop),
+            stop_token_ids=list(job.stop_tokens),
+            include_stop_str_in_output=True,
+            skip_special_tokens=False,
+            detokenize=bool(job.stop),
+            thinking_token_budget=_thinking_budget(job, info),
+            logprobs=job.logprobs,
+            flat_logprobs=True,
+            output_kind=RequestOutputKind.DELTA,
+            skip_clone=True,
+            **more,
+        )
+
+
+def _thinking_budget(job: Job, info: ModelInfo) -> int | None:
+    """vLLM counts from the last opening tag of the prompt; the job counts the tokens that are still to come."""
+    if job.thinking_budget is None:
+        return None
+    if job.thinking_budget < 0:
+        raise BadOptions("The thinking budget must not be negative.", "thinking_budget")
+    if not info.reasons:
+        raise Unsupported(
+            "This model does not mark its thinking, so it takes no thinking budget.",
+            "thinking_budget",
+        )
+    opened, closed = (
+        rfind(job.prompt, info.think_open),
+        rfind(job.prompt, info.think_close),
+    )
+    before = len(job.prompt) - opened - len(info.think_open) if opened > closed else 0
+    return job.thinking_budget + before
+
+
+def rfind(tokens: tuple[int, ...], wanted: tuple[int, ...]) -> int:
+    """Index of the last occurrence of `wanted` in `tokens`, or -1."""
+    width = len(wanted)
+    for index in range(len(tokens) - width, -1, -1) if width else ():
+        if tokens[index : index + width] == wanted:
+            return index
+    return -1
+
+
+class VllmStream:
+    """A job in the engine: an async context manager, and the stream of its deltas."""
+
+    __slots__ = (
+        "_error", "_finish", "_id", "_job", "_left", "_llm", "_logprobs", "_params", "_salt", "_stats", "_tasks",
+        "_tokens", "_top", "_waiter", "cached",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        llm: Any,
+        tasks: Any,
+        engine_id: str,
+        *,
+        job: Job,
+        params: SamplingParams,
+        salt: str | None,
+    ) -> None:
+        self._llm = llm
+        self._tasks = tasks
+        self._id = engine_id
+        self._job = job
+        self._params = params
+        self._salt = salt
+        self._tokens: list[int] = []
+        self._logprobs: list[float] = []
+        self._top: list[TopList] = []
+        self._finish: str | None = None
+        self._error: Exception | None = None
+        self._left = False
+        self._waiter: asyncio.Future[None] | None = None
+        self._stats: Any = None
+        self.cached = 0
+
+    @property
+    def generated(self) -> int:
+        """Tokens sampled so far, as vLLM counts them; final after the block."""
+        return 0 if self._stats is None else int(self._stats.num_generation_tokens)
+
+    async def __aenter__(self) -> Self:
+        llm = self._llm
+        if llm.errored:
+            raise EngineDead("The engine is gone.")
+        with engine_errors():
+            prompt = tokens_input(list(self._job.prompt), cache_salt=self._salt)
+            request = llm.input_processor.process_inputs(self._id, prompt, self._params, self._tasks)
+            request.external_req_id = self._id
+            try:
+                llm.output_processor.add_request(request, None, None, 0, self)
+                await llm.engine_core.add_request_async(request)
+            except BaseException:
+                await self._abort()
+                raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self._abort()
+
+    async def _abort(self) -> None:
+        self._left = True
+        if self._finish is None and self._error is None:
+            # vLLM forgets the request before its first await, so no token is counted from here on.
+            with anyio.CancelScope(shield=True):
+                await self._llm.abort(self._id, internal=True)
+
+    def put(self, output: Any) -> None:
+        """Called by vLLM's output processor with the tokens of one step, or with the error that ended the engine."""
+        if isinstance(output, Exception):
+            self._error = output
+        else:
+            completion = output.outputs[0]
+            self._tokens += completion.token_ids
+            self._stats = output.metrics
+            self.cached = output.num_cached_tokens or 0
+            if completion.logprobs is not None:
+                self._take_logprobs(completion.logprobs)
+            self._finish = completion.finish_reason
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    def _take_logprobs(self, flat: Any) -> None:
+        # Of each position the first entry is the sampled token, then come the alternatives, best first.
+        for start, end in zip(flat.start_indices, flat.end_indices, strict=True):
+            self._logprobs.append(flat.logprobs[start])
+            if self._job.logprobs:
+                ids, values = (
+                    flat.token_ids[start + 1 : end],
+                    flat.logprobs[start + 1 : end],
+                )
+                self._top.append(tuple(zip(ids, values, strict=True)))
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Delta:
+        if self._left:
+            raise StopAsyncIteration
+        while not self._tokens and self._finish is None and self._error is None:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        return self._next()
+
+    def _next(self) -> Delta:
+        finish = None
+        if self._finish is not None:
+            finish = _FINISH.get(self._finish)
+            if finish is None:
+                raise EngineFailed(f"The engine gave up on the request ({self._finish}).")
+            self._left = True
+        elif self._error is not None and not self._tokens:
+            raise EngineDead("The engine is gone.") from self._error
+        delta = Delta(tuple(self._tokens), tuple(self._logprobs), tuple(self._top), finish)
+        self._tokens.clear()
+        self._logprobs.clear()
+        self._top.clear()
+        return delta

@@ -1,0 +1,1 @@
+"""Reasoning strategies over one Engine protocol; nothing here knows HTTP, vLLM or torch."""

@@ -1,0 +1,134 @@
+"""From the chains of a race to one answer: by vote, else from answers cut short, else forced out of the longest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from thinkserve.strategies.chains import Lane, Race
+from thinkserve.strategies.engine import Answer, Event, Finish, Piece, StoppedBy, Tokens
+from thinkserve.strategies.text import answer_of
+from thinkserve.strategies.voting import Ballot, vote
+
+FORCED_TOKENS = 1024
+FORCED = "no chain finished thinking within its tokens; an answer was forced from the longest"
+_CUT: frozenset[Finish | None] = frozenset({"ceiling", "deadline"})
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    lane: Lane
+    reason: str
+    votes: Mapping[str, int] = field(default_factory=dict[str, int])
+
+
+async def settle(race: Race, members: Sequence[Lane], wanted: int) -> Answer:
+    """Decide by vote of `members` (of `wanted`), emit the winner's pieces, and say why.
+
+    Without members, chains whose answer was cut short vote; without such, the longest chain is made to answer.
+    """
+    voters = members or [lane for lane in race.left() if lane.transcript.answer]
+    if not voters and (room := _room(race)):
+        return await _force(race, _longest(race), room)
+    choice = await _choose(race, voters)
+    winner = choice.lane
+    if len(race.lanes) > 1:
+        await race.emit(Event("winner", winner.index, {"reason": choice.reason}))
+    for piece in winner.transcript.take():
+        await race.emit(piece)
+    return Answer(
+        tuple(winner.transcript.tokens),
+        winner.finish or "stop",
+        winner.index,
+        _stopped_by(race, winner, len(members) < wanted),
+        choice.reason,
+        choice.votes,
+        tuple(race.warnings),
+    )
+
+
+async def _choose(race: Race, voters: Sequence[Lane]) -> _Choice:
+    if len(race.lanes) == 1:
+        return _Choice(race.lanes[0], "the only chain")
+    if not voters:
+        return _Choice(_longest(race), "no chain finished; the longest as far as it came")
+    verdict = await vote([_ballot(race, lane) for lane in voters])
+    await race.emit(Event("vote", None, {"votes": dict(verdict.votes), "voters": [lane.index for lane in voters]}))
+    winner = verdict.winner
+    count = verdict.votes.get(winner.answer or "", 0)
+    reason = f"{count} of {len(voters)} votes" if count else "no answer to compare; the shortest chain"
+    return _Choice(race.lanes[winner.index], reason, verdict.votes)
+
+
+def _ballot(race: Race, lane: Lane) -> Ballot:
+    return Ballot(lane.index, lane.length, answer_of(race.engine.decode(lane.transcript.answer)))
+
+
+async def _force(race: Race, lane: Lane, room: int) -> Answer:
+    """Close the chain's thinking ourselves, early enough that `room` tokens of answer keep it within its limit."""
+    info = race.engine.info()
+    kept = _cut(lane.transcript.take(), _limit(race) - room - len(info.think_close), info.eos)
+    tokens = tuple(token for piece in kept for token in piece.tokens) + info.think_close
+    await race.emit(Event("budget.forced", lane.index, {"tokens": len(tokens), "room": room}))
+    for piece in [*kept, _injected(info.think_close, race.task.logprobs)]:
+        await race.emit(piece)
+    finish: Finish = "stop"
+    job = replace(lane.job, prompt=lane.job.prompt + tokens, max_tokens=room, thinking_budget=None)
+    async with race.engine.generate(job) as stream:
+        async for delta in stream:
+            tokens += delta.tokens
+            finish = delta.finish or finish
+            if delta.tokens:
+                await race.emit(Piece("answer", delta.tokens, delta.logprobs, delta.top))
+    stopped_by: StoppedBy = "ceiling" if finish == "ceiling" else "deadline" if finish == "deadline" else "length"
+    return Answer(tokens, finish, lane.index, stopped_by, FORCED, {}, (*race.warnings, FORCED))
+
+
+def _room(race: Race) -> int:
+    """Tokens for a forced answer: a quarter of the limit at most; 0 when forcing is not possible or of no use."""
+    lane, info = _longest(race), race.engine.info()
+    if lane.live or not lane.thinking or any(each.finish in _CUT for each in race.left()):
+        return 0
+    room = min(FORCED_TOKENS, _limit(race) // 4)
+    return room if room + len(info.think_close) <= _limit(race) else 0
+
+
+def _limit(race: Race) -> int:
+    return min(race.task.max_tokens, race.engine.info().context - len(race.task.prompt))
+
+
+def _longest(race: Race) -> Lane:
+    return max(race.left(), key=lambda lane: (len(lane.transcript.tokens), -lane.index))
+
+
+def _cut(pieces: Sequence[Piece], count: int, eos: Tokens) -> list[Piece]:
+    """The first `count` tokens, and none from the first end of sequence on."""
+    kept: list[Piece] = []
+    for piece in pieces:
+        ends = [at for at, token in enumerate(piece.tokens) if token in eos]
+        stop = min([count, *ends])
+        kept.append(Piece(piece.phase, piece.tokens[:stop], piece.logprobs[:stop], piece.top[:stop]))
+        count -= stop
+        if ends:
+            break
+    return [piece for piece in kept if piece.tokens]
+
+
+def _injected(tokens: Tokens, alternatives: int | None) -> Piece:
+    """A piece of ours: certain, so its log-probability is 0, and there are no alternatives to it."""
+    return Piece("thinking", tokens, (0.0,) * len(tokens), () if alternatives is None else ((),) * len(tokens))
+
+
+def _stopped_by(race: Race, winner: Lane, short_of_members: bool) -> StoppedBy:
+    finishes = {lane.finish for lane in race.lanes}
+    if "ceiling" in finishes:
+        return "ceiling"
+    if "deadline" in finishes:
+        return "deadline"
+    if any(lane.dropped for lane in race.lanes):
+        return "m_reached"
+    if winner.finish == "length" or (short_of_members and "length" in finishes):
+        return "length"
+    if short_of_members and any(lane.error for lane in race.lanes):
+        return "error"
+    return "all_done"

@@ -1,0 +1,30 @@
+"""One chain, streamed as it is written: what every other strategy is measured against."""
+
+from __future__ import annotations
+
+from thinkserve.strategies.engine import Answer, Emit, Engine, Event, Finish, StoppedBy, Task
+from thinkserve.strategies.pieces import Transcript
+from thinkserve.strategies.registry import Options, strategy
+
+
+class SingleOptions(Options):
+    """No parameters."""
+
+
+@strategy("single", options=SingleOptions)
+async def run(task: Task, engine: Engine, emit: Emit, options: SingleOptions) -> Answer:
+    """One chain, streamed as it is written."""
+    transcript = Transcript(engine.info(), task.phase)
+    finish: Finish = "stop"
+    await emit(Event("chain.started", 0))
+    async with engine.generate(task.job()) as stream:
+        async for delta in stream:
+            finish = delta.finish or finish
+            transcript.push(delta)
+            for piece in transcript.take():
+                await emit(piece)
+    await emit(Event("chain.finished", 0, {"tokens": len(transcript.tokens), "finish": finish}))
+    return Answer(tuple(transcript.tokens), finish, stopped_by=STOPPED_BY.get(finish, "all_done"))
+
+
+STOPPED_BY: dict[Finish, StoppedBy] = {"ceiling": "ceiling", "deadline": "deadline", "length": "length"}

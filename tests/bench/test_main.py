@@ -1,0 +1,41 @@
+"""The order of a run: servers take turns, and only what is missing is started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bench.harness import Options
+from bench.main import Bench
+
+OPTIONS = Options(model="tiny", problems=3, drift_problems=2, chat_levels=(1,), chat_rounds=3, startups=1)
+
+
+def test_servers_take_turns(tmp_path: Path) -> None:
+    """Ours, vLLM's, ours, vLLM's: what drifts meets both."""
+    phases = list(Bench(OPTIONS, ["strategies", "serve"], tmp_path).phases())
+
+    assert ["thinkserve", "vllm"] * 3 == [phase.launch.name for phase in phases]
+    assert all(phase.jobs for phase in phases)
+
+
+def test_a_phase_that_is_in_the_journal_is_not_missing(tmp_path: Path) -> None:
+    """Once every key of a phase is recorded its server need not start."""
+    run = Bench(OPTIONS, ["strategies"], tmp_path)
+    first = next(run.phases())
+    before = first.missing(run.journal)
+    for job in first.jobs:
+        for key in job.keys:
+            run.journal.put(key, None)
+
+    assert before
+    assert not first.missing(run.journal)
+
+
+def test_one_row_brings_its_reference_along(tmp_path: Path) -> None:
+    """A single row is measured beside majority@8, and nothing else is."""
+    run = Bench(OPTIONS, ["strategies"], tmp_path, rows=["short-3@8"])
+    keys = {
+        key.split("/")[1] for phase in run.phases() for job in phase.jobs for key in job.keys if job.part != "check"
+    }
+
+    assert {"majority@8", "short-3@8"} == keys

@@ -1,0 +1,177 @@
+"""Ceiling, deadline and stop strings end streams in time, with a finish of their own, and leave nothing live."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import anyio
+import pytest
+from anyio.lowlevel import checkpoint
+
+from thinkserve.server.answer_stops import AnswerStops
+from thinkserve.server.limits import LimitedEngine
+from thinkserve.strategies import registry
+from thinkserve.strategies.engine import Engine, Finish, Job, Task
+from thinkserve.strategies.testing import Recorder, ScriptedEngine
+
+pytestmark = pytest.mark.anyio
+JOB = Job(prompt=(5,), max_tokens=100, seed=1)
+
+
+def silent() -> ScriptedEngine:
+    """An engine that does not say a word for an hour."""
+    return ScriptedEngine(["a" * 50], tick=3600)
+
+
+async def read(engine: Engine, job: Job = JOB) -> tuple[int, Finish | None]:
+    count, finish = 0, None
+    async with engine.generate(job) as stream:
+        async for delta in stream:
+            count += len(delta.tokens)
+            finish = delta.finish
+    return count, finish
+
+
+async def test_the_deadline_wakes_a_reader_of_a_silent_engine() -> None:
+    """The stream ends with "deadline", soon, and the engine's job is gone."""
+    engine = silent()
+    with anyio.fail_after(2), LimitedEngine(engine, None, 0.05) as limited:
+        assert await read(limited) == (0, "deadline")
+    assert engine.live == []
+    task = asyncio.current_task()
+    assert task is not None
+    assert task.cancelling() == 0
+
+
+async def test_all_chains_end_at_the_deadline_and_new_ones_never_start() -> None:
+    """A job that comes too late ends before the engine hears of it."""
+    engine, ends = silent(), []
+
+    async def one() -> None:
+        ends.append(await read(limited))
+
+    with anyio.fail_after(2), LimitedEngine(engine, None, 0.05) as limited:
+        async with anyio.create_task_group() as group:
+            for _ in range(3):
+                group.start_soon(one)
+        await one()
+    assert ends == [(0, "deadline")] * 4
+    assert len(engine.history) == 3
+
+
+@pytest.mark.parametrize("cancel_first", [True, False])
+async def test_a_cancellation_at_the_very_moment_of_the_deadline_is_not_swallowed(cancel_first: bool) -> None:
+    """The reader's own scope comes first, in whichever order the two arrive."""
+    engine = silent()
+    limited = LimitedEngine(engine)
+    reached = False
+
+    async def reader() -> None:
+        nonlocal reached
+        with scope:
+            await read(limited)
+            await checkpoint()
+            reached = True
+
+    scope = anyio.CancelScope()
+    async with anyio.create_task_group() as group:
+        group.start_soon(reader)
+        await anyio.sleep(0.02)
+        acts: list[Callable[[], None]] = [scope.cancel, lambda: limited.end("deadline")]
+        for act in acts if cancel_first else reversed(acts):
+            act()
+    assert scope.cancelled_caught
+    assert not reached
+    assert engine.live == []
+
+
+async def test_one_chain_stops_exactly_at_the_ceiling() -> None:
+    """Not a token more, whatever the engine's steps."""
+    for burst in (1, 7):
+        engine = ScriptedEngine(["a" * 50], burst=burst)
+        assert await read(LimitedEngine(engine, 10)) == (10, "ceiling")
+        assert engine.generated == 10
+
+
+async def test_the_ceiling_is_for_all_chains_together_and_ends_silent_ones_too() -> None:
+    """Two chains share ten tokens; a third that is slow does not wait for its next token."""
+    engine, ends = ScriptedEngine(["a" * 50], pace={2: 10**6}), list[tuple[int, Finish | None]]()
+    limited = LimitedEngine(engine, 10)
+
+    async def one(seed: int) -> None:
+        ends.append(await read(limited, Job(prompt=(5,), max_tokens=100, seed=seed)))
+
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as group:
+            for seed in range(3):
+                group.start_soon(one, seed)
+    assert {finish for _, finish in ends} == {"ceiling"}
+    assert 10 <= engine.generated <= 12
+    assert engine.live == []
+
+
+async def test_a_stream_within_the_ceiling_keeps_its_own_end() -> None:
+    """Its length is its own, not the ceiling's."""
+    assert await read(LimitedEngine(ScriptedEngine(["a" * 50]), 200)) == (51, "stop")
+    short = Job(prompt=(5,), max_tokens=4, seed=1)
+    assert await read(LimitedEngine(ScriptedEngine(["a" * 50]), 200), short) == (4, "length")
+
+
+async def test_segments_of_a_chain_are_limited_as_jobs_are() -> None:
+    """The ceiling holds across segments."""
+    engine = ScriptedEngine(["a" * 50])
+    finishes: list[Finish | None] = []
+    async with LimitedEngine(engine, 5).chain(JOB) as chain:
+        for _ in range(3):
+            async with chain.segment(4) as stream:
+                finishes += [delta.finish async for delta in stream if delta.finish]
+    assert finishes == ["length", "ceiling", "ceiling"]
+    assert engine.generated == 5
+
+
+async def test_there_is_no_score_after_the_end() -> None:
+    """A number made up would be wrong, so the caller is told that time is over."""
+    engine = ScriptedEngine(["a"], roles=("target", "reward"))
+    limited = LimitedEngine(engine)
+    assert await limited.score((1,), [(2,)], "reward") == [0.0]
+    limited.end("deadline")
+    with pytest.raises(TimeoutError):
+        await limited.score((1,), [(2,)], "reward")
+
+
+@pytest.mark.parametrize("name", ["majority", "short-m-at-k"])
+async def test_a_race_at_its_deadline_decides_with_what_it_has(name: str) -> None:
+    """Finished chains vote; the rest is given up."""
+    engine = ScriptedEngine(["t</think>\\boxed{7}", "t" * 20_000], tick=0.001)
+    entry = registry.get(name)
+    with anyio.fail_after(5), LimitedEngine(engine, None, 0.3) as limited:
+        task = Task(prompt=(5,), max_tokens=10**6, seed=3)
+        answer = await entry.run(task, limited, Recorder(), entry.options.model_validate({"k": 2}))
+    assert engine.decode(answer.tokens).endswith("\\boxed{7}")
+    assert answer.stopped_by == "deadline"
+    assert engine.live == []
+
+
+@pytest.mark.parametrize("burst", [1, 3, 100])
+async def test_a_stop_string_ends_the_answer_and_no_thought(burst: int) -> None:
+    """The same string may be thought; the stream ends with the token that completes it, however tokens arrive."""
+    engine = ScriptedEngine(["say END</think>it is 4 END of it"], burst=burst)
+    stops = AnswerStops(engine, Task(prompt=JOB.prompt, max_tokens=100), ("END", "never"))
+    async with stops.generate(JOB) as stream:
+        tokens = [token async for delta in stream for token in delta.tokens]
+    assert engine.decode(tokens) == "say ENDit is 4 END"
+    assert engine.live == []
+
+
+async def test_a_stop_string_may_begin_in_one_segment_and_end_in_the_next() -> None:
+    """A chain's answer is one text."""
+    engine = ScriptedEngine(["xSTOPy"])
+    stops = AnswerStops(engine, Task(prompt=JOB.prompt, max_tokens=100, phase="answer"), ("STOP",))
+    finishes: list[Finish | None] = []
+    async with stops.chain(JOB) as chain:
+        for _ in range(2):
+            async with chain.segment(3) as stream:
+                finishes += [delta.finish async for delta in stream]
+        assert engine.decode(chain.tokens) == "xSTOP"
+    assert finishes == [None, None, "length", None, "stop"]

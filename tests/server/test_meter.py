@@ -1,0 +1,105 @@
+"""MeteredEngine counts what the engine generated: read or not, in every chain, each chain once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from thinkserve.server.meter import MeteredEngine
+from thinkserve.server.metrics import Metrics
+from thinkserve.strategies import registry
+from thinkserve.strategies.engine import Job, Task
+from thinkserve.strategies.errors import EngineFailed
+from thinkserve.strategies.testing import Recorder, ScriptedEngine
+
+pytestmark = pytest.mark.anyio
+
+
+def metered(engine: ScriptedEngine) -> MeteredEngine:
+    return MeteredEngine(engine, Metrics())
+
+
+async def read(engine: MeteredEngine, job: Job, deltas: int = 10**6) -> tuple[int, ...]:
+    tokens: tuple[int, ...] = ()
+    async with engine.generate(job) as stream:
+        async for delta in stream:
+            tokens += delta.tokens
+            deltas -= 1
+            if deltas == 0:
+                break
+    return tokens
+
+
+async def test_tokens_that_nobody_read_are_counted() -> None:
+    """What the engine still sampled for a job that was left belongs to the bill."""
+    engine = ScriptedEngine(["abcdefgh"], overrun=3)
+    meter = metered(engine)
+    assert len(await read(meter, Job(prompt=(5,), max_tokens=50, seed=1), deltas=2)) == 2
+    assert meter.generated == engine.generated == 5
+    assert (meter.finished, len(meter.chains)) == (0, 1)
+
+
+async def test_a_job_that_goes_on_where_one_was_left_is_the_same_chain() -> None:
+    """Same seed and a longer prompt: one chain, both counts."""
+    engine = ScriptedEngine(["abcdefgh"])
+    meter = metered(engine)
+    job = Job(prompt=(5,), max_tokens=50, seed=1)
+    first = await read(meter, job, deltas=3)
+    await read(meter, replace(job, prompt=job.prompt + first))
+    assert len(meter.chains) == 1
+    assert meter.generated == engine.generated == 9
+    assert meter.finished == 1
+
+
+async def test_jobs_with_other_seeds_or_none_are_chains_of_their_own() -> None:
+    """Only a seed tells that two jobs belong together."""
+    meter = metered(ScriptedEngine(["a"]))
+    for seed in (1, 2, None, None):
+        await read(meter, Job(prompt=(5,), max_tokens=5, seed=seed))
+    assert len(meter.chains) == 4
+
+
+async def test_the_segments_of_a_chain_are_one_chain() -> None:
+    """However often it is interrupted."""
+    engine = ScriptedEngine(["abcdefgh"])
+    meter = metered(engine)
+    async with meter.chain(Job(prompt=(5,), max_tokens=50, seed=1)) as chain:
+        for _ in range(3):
+            async with chain.segment(2) as stream:
+                async for _delta in stream:
+                    pass
+    assert len(meter.chains) == 1
+    assert meter.generated == engine.generated == 6
+
+
+async def test_a_chain_that_failed_says_so() -> None:
+    """A failure is neither an end nor an abort."""
+    meter = metered(ScriptedEngine(["abc"], fail={0: (1, EngineFailed("lost"))}))
+    with pytest.raises(EngineFailed):
+        await read(meter, Job(prompt=(5,), max_tokens=5, seed=1))
+    assert [(chain.failed, chain.finish, chain.live) for chain in meter.chains] == [(True, None, False)]
+
+
+async def test_roles_are_counted_apart() -> None:
+    """A guide's tokens are not the target's."""
+    meter = metered(ScriptedEngine(["abc"], roles=("target", "guide")))
+    await read(meter, Job(prompt=(5,), max_tokens=2, seed=1))
+    await read(meter, Job(prompt=(5,), max_tokens=3, seed=1, role="guide"))
+    assert meter.by_role() == {"target": 2, "guide": 3}
+
+
+@pytest.mark.parametrize("name", ["single", "majority", "short-m-at-k"])
+@given(lengths=st.lists(st.integers(0, 40), min_size=8, max_size=8), overrun=st.integers(0, 3), burst=st.integers(1, 4))
+@settings(max_examples=20, deadline=None)
+async def test_the_bill_is_the_engines_for_every_strategy(
+    name: str, lengths: list[int], overrun: int, burst: int
+) -> None:
+    """Whatever chains do, the meter and the engine agree to the token."""
+    engine = ScriptedEngine(["t" * n + "</think>\\boxed{1}" for n in lengths], overrun=overrun, burst=burst)
+    meter, entry = metered(engine), registry.get(name)
+    await entry.run(Task(prompt=(5,), max_tokens=60, seed=3), meter, Recorder(), entry.options())
+    assert meter.generated == engine.generated
+    assert engine.live == []

@@ -1,0 +1,174 @@
+"""The responses without uvicorn: what they send, and how they learn in ASGI's other ways that a client has left."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+import pytest
+from starlette.types import Message, Scope
+
+from thinkserve.server.app import create_app
+from thinkserve.server.settings import Settings
+from thinkserve.server.sse import EventWriter, Template, comment, data
+from thinkserve.server.testing import ScriptedBackend
+from thinkserve.strategies.engine import Delta
+from thinkserve.strategies.scripted import ScriptedStream
+from thinkserve.strategies.testing import ScriptedEngine
+
+pytestmark = pytest.mark.anyio
+
+
+class Client:
+    """An ASGI client that leaves when told to, in the way of ASGI 2.4: the server only says so in `send`."""
+
+    def __init__(self, engine: ScriptedEngine, *, stream: bool) -> None:
+        self.app = create_app(Settings(served_name="m"), ScriptedBackend(engine))
+        body = {"model": "m", "stream": stream, "messages": [{"role": "user", "content": "x"}]}
+        self._body: list[Message] = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+        self.sent: list[Message] = []
+        self.leaves_after: int | None = None
+        self.left = anyio.Event()
+
+    async def receive(self) -> Message:
+        if self._body:
+            return self._body.pop()
+        await self.left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Message) -> None:
+        if self.leaves_after is not None and len(self.sent) >= self.leaves_after:
+            raise OSError("gone")
+        self.sent.append(message)
+
+    async def chat(self) -> bytes:
+        scope: Scope = {
+            "type": "http", "asgi": {"version": "3.0", "spec_version": "2.4"}, "http_version": "1.1", "method": "POST",
+            "scheme": "http", "path": "/v1/chat/completions", "raw_path": b"/v1/chat/completions", "query_string": b"",
+            "root_path": "", "headers": [(b"host", b"x"), (b"content-type", b"application/json")],
+        }  # fmt: skip
+        await self.app(scope, self.receive, self.send)
+        return b"".join(message.get("body", b"") for message in self.sent)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_silent_request_ends_when_receive_reports_the_disconnect(stream: bool) -> None:
+    """The listener is ours, whatever the ASGI version promises."""
+    engine = ScriptedEngine(["t"], tick=3600)
+    client = Client(engine, stream=stream)
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as group:
+            group.start_soon(client.chat)
+            while not engine.live:
+                await anyio.sleep(0.01)
+            client.left.set()
+    assert engine.live == []
+
+
+@pytest.mark.parametrize("after", range(1, 8))
+async def test_a_send_that_fails_ends_the_request(after: int) -> None:
+    """At every chunk; nothing is live afterwards and nothing is raised."""
+    engine = ScriptedEngine(["tt</think>aaaa"])
+    client = Client(engine, stream=True)
+    client.leaves_after = after
+    with anyio.fail_after(5):
+        await client.chat()
+    assert engine.live == []
+    assert len(client.sent) == after
+
+
+async def test_not_a_number_never_gets_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """JSON has no NaN: the client gets an error, not a broken document."""
+
+    async def poisoned(self: ScriptedStream) -> Delta:
+        delta = await genuine(self)
+        return Delta(delta.tokens, (float("nan"),) * len(delta.tokens), (), delta.finish)
+
+    genuine = ScriptedStream.__anext__
+    monkeypatch.setattr(ScriptedStream, "__anext__", poisoned)
+    for stream in (False, True):
+        client = Client(ScriptedEngine(["</think>a"]), stream=stream)
+        body = json.loads(client._body[0]["body"]) | {"logprobs": True}
+        client._body[0]["body"] = json.dumps(body).encode()
+        answer = await client.chat()
+        assert b"NaN" not in answer
+        assert b"internal_error" in answer
+
+
+def test_blocks_are_lines_that_clients_understand() -> None:
+    """Line breaks of every kind stay inside the JSON; a template is the block it stands for."""
+    awkward = 'a\nb\r\u2028\u0085"\\ \U0001f389 \x00'
+    assert data({"x": awkward}).count(b"\n") == 2
+    assert json.loads(data({"x": awkward}).removeprefix(b"data: ")) == {"x": awkward}
+    template = Template({"a": "\ue000text\ue001", "b": ["\ue000text\ue001"]})
+    assert template.fill(awkward) == data({"a": awkward, "b": [awkward]})
+    assert comment("still here") == b": still here\n\n"
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        data(float("nan"))
+
+
+class Gate:
+    """A client that takes what is sent only while open."""
+
+    def __init__(self) -> None:
+        self.open = anyio.Event()
+        self.bodies: list[bytes] = []
+
+    async def send(self, message: Message) -> None:
+        await self.open.wait()
+        self.bodies.append(message["body"])
+
+
+async def test_what_waits_for_a_slow_client_goes_out_together_and_in_order() -> None:
+    """One send for all of it; writers are not held up by a few blocks."""
+    gate = Gate()
+    writer = EventWriter(gate.send)
+    async with anyio.create_task_group() as group:
+        group.start_soon(writer.write, b"0")
+        await anyio.sleep(0.01)
+        assert writer.busy
+        assert writer.stuck > 0
+        for number in range(1, 10):
+            with anyio.fail_after(1):
+                await writer.write(str(number).encode())
+        gate.open.set()
+    await writer.end()
+    assert gate.bodies == [b"0", b"123456789", b"data: [DONE]\n\n"]
+
+
+async def test_a_writer_is_held_up_when_too_much_waits() -> None:
+    """Back-pressure: the buffer of a client that takes nothing is bounded."""
+    gate = Gate()
+    writer = EventWriter(gate.send)
+    written = 0
+
+    async def write_all(put: Callable[[bytes], Any]) -> None:
+        nonlocal written
+        for _ in range(1000):
+            await put(b"x")
+            written += 1
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(writer.write, b"x")
+        await anyio.sleep(0.01)
+        group.start_soon(write_all, writer.write)
+        await anyio.sleep(0.01)
+        assert written < 100
+        gate.open.set()
+    await writer.end()
+    assert b"".join(gate.bodies) == b"x" * 1001 + b"data: [DONE]\n\n"
+
+
+async def test_a_writer_that_is_cancelled_while_it_waits_loses_nothing() -> None:
+    """Its block, and those of others that it was sending, go out with the next."""
+    gate = Gate()
+    writer = EventWriter(gate.send)
+    with anyio.move_on_after(0.02):
+        await writer.write(b"a")
+    assert not writer.busy
+    gate.open.set()
+    await writer.write(b"b")
+    await writer.end()
+    assert b"".join(gate.bodies) == b"abdata: [DONE]\n\n"

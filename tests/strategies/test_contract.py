@@ -1,0 +1,379 @@
+"""What holds of every registered strategy, built in or a stranger's; a new one is found here by itself.
+
+Strategies run on ScriptedEngine; whoever has parameters `k` or `m` is tried with several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
+
+import anyio
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from thinkserve.strategies import registry
+from thinkserve.strategies.chain import ResubmittedChain
+from thinkserve.strategies.engine import (
+    Answer,
+    Chain,
+    Delta,
+    Detokenizer,
+    Event,
+    Job,
+    ModelInfo,
+    Phase,
+    Piece,
+    Role,
+    Sampling,
+    Stream,
+    Task,
+    Tokens,
+)
+from thinkserve.strategies.errors import EngineDead, EngineFailed
+from thinkserve.strategies.pieces import Transcript
+from thinkserve.strategies.registry import Options, Strategy
+from thinkserve.strategies.testing import Recorder, ScriptedEngine
+
+EVERY = pytest.mark.parametrize("name", registry.names())
+ANSWERS = [r"It is \boxed{4}.", r"\boxed{04}", "so 5", "no idea", ""]
+
+
+@st.composite
+def scripts(draw: st.DrawFn) -> str:
+    """Thinking that closes or goes on for ever, then some answer."""
+    thinking = "t" * draw(st.integers(0, 30))
+    return draw(st.sampled_from([f"{thinking}</think>{answer}" for answer in ANSWERS] + [thinking, "t" * 500]))
+
+
+@st.composite
+def tasks(draw: st.DrawFn) -> Task:
+    """Small limits, with and without thinking budget, alternatives and greedy sampling."""
+    phase: Phase = draw(st.sampled_from(["thinking", "thinking", "answer"]))
+    prompt = ScriptedEngine([""]).encode("q<think>" if phase == "thinking" else "q<think></think>")
+    return Task(
+        prompt,
+        max_tokens=draw(st.integers(1, 60)),
+        sampling=Sampling(temperature=draw(st.sampled_from([0.0, 1.0, 1.0]))),
+        thinking_budget=draw(st.sampled_from([None, None, 0, 7])),
+        phase=phase,
+        seed=draw(st.integers(0, 9)),
+        logprobs=draw(st.sampled_from([None, 2])),
+    )
+
+
+@st.composite
+def engines(draw: st.DrawFn) -> Callable[[], ScriptedEngine]:
+    """A recipe for equal engines: scripts, pace, burst, overrun."""
+    texts = draw(st.lists(scripts(), min_size=1, max_size=5))
+    pace = draw(st.dictionaries(st.integers(0, 4), st.integers(1, 3), max_size=2))
+    burst, overrun = draw(st.integers(1, 3)), draw(st.integers(0, 2))
+    return lambda: ScriptedEngine(texts, roles=ROLES, pace=pace, burst=burst, overrun=overrun)
+
+
+ROLES: tuple[Role, ...] = ("target", "guide", "reward", "verifier")
+
+
+def options_of(entry: Strategy, draw: st.DataObject) -> Options:
+    """The defaults, or a few chains if the strategy runs several."""
+    fields = entry.options.model_fields
+    k = draw.draw(st.integers(1, 5), "k")
+    given = {
+        "k": k,
+        "m": draw.draw(st.integers(1, k), "m"),
+        "mode": draw.draw(st.sampled_from(["wall-clock", "length-exact"])),
+    }
+    modes = {"mode"} if "wall-clock" in str(fields.get("mode")) else set()
+    return entry.options(**{name: given[name] for name in {"k", "m", *modes} & set(fields)})
+
+
+class Meter:
+    """An engine around an engine that counts as a server does: each job's tokens, once its block has been left."""
+
+    def __init__(self, inner: ScriptedEngine, on_delta: Callable[[], None] = lambda: None) -> None:
+        self.inner = inner
+        self.counted = 0
+        self.open = 0
+        self._on_delta = on_delta
+
+    def info(self, role: Role = "target") -> ModelInfo:
+        """Passed on."""
+        return self.inner.info(role)
+
+    def encode(self, text: str, role: Role = "target") -> Tokens:
+        """Passed on."""
+        return self.inner.encode(text, role)
+
+    def decode(self, tokens: Sequence[int], role: Role = "target") -> str:
+        """Passed on."""
+        return self.inner.decode(tokens, role)
+
+    def detokenizer(self, role: Role = "target") -> Detokenizer:
+        """Passed on."""
+        return self.inner.detokenizer(role)
+
+    def generate(self, job: Job) -> AbstractAsyncContextManager[Stream]:
+        """Counted."""
+        return self._counted(job)
+
+    @asynccontextmanager
+    async def chain(self, job: Job) -> AsyncIterator[Chain]:
+        """Counted segment by segment."""
+        yield ResubmittedChain(self._counted, job, self.info(job.role))
+
+    async def score(self, prompt: Tokens, candidates: Sequence[Tokens], role: Role) -> list[float]:
+        """Passed on."""
+        return await self.inner.score(prompt, candidates, role)
+
+    @asynccontextmanager
+    async def _counted(self, job: Job) -> AsyncIterator[Stream]:
+        stream: Stream | None = None
+        self.open += 1
+        try:
+            async with self.inner.generate(job) as stream:
+                yield _Watched(stream, self._on_delta)
+        finally:
+            self.open -= 1
+            self.counted += 0 if stream is None else stream.generated
+
+
+class _Watched:
+    def __init__(self, inner: Stream, on_delta: Callable[[], None]) -> None:
+        self._inner = inner
+        self._on_delta = on_delta
+
+    @property
+    def generated(self) -> int:
+        return self._inner.generated
+
+    @property
+    def cached(self) -> int:
+        return self._inner.cached
+
+    def __aiter__(self) -> Stream:
+        return self
+
+    async def __anext__(self) -> Delta:
+        delta = await self._inner.__anext__()
+        self._on_delta()
+        return delta
+
+
+def run(entry: Strategy, task: Task, engine: Any, options: Options) -> tuple[Answer, Recorder]:
+    """A strategy from start to end."""
+    out = Recorder()
+
+    async def go() -> Answer:
+        return await entry.run(task, engine, out, options)
+
+    return anyio.run(go), out
+
+
+@EVERY
+@given(task=tasks(), recipe=engines(), draw=st.data())
+def test_budgets_are_kept_and_every_token_is_counted(
+    name: str, task: Task, recipe: Callable[[], ScriptedEngine], draw: st.DataObject
+) -> None:
+    """No job asks for or gets more than allowed, none lives on, and the sum over streams is what the engine wrote."""
+    entry, engine = registry.get(name), recipe()
+    meter, options = Meter(engine), options_of(entry, draw)
+
+    answer, out = run(entry, task, meter, options)
+
+    assert all(stream.generated <= stream.job.max_tokens <= task.max_tokens for stream in engine.history)
+    assert len(answer.tokens) <= task.max_tokens
+    if task.thinking_budget is not None and task.phase == "thinking":
+        assert len(out.tokens_of("thinking")) <= task.thinking_budget + 1
+    assert ([], 0) == (engine.live, meter.open)
+    assert engine.generated == meter.counted
+
+
+@EVERY
+@given(task=tasks(), recipe=engines(), draw=st.data())
+def test_pieces_are_the_answer(
+    name: str, task: Task, recipe: Callable[[], ScriptedEngine], draw: st.DataObject
+) -> None:
+    """Concatenated they are its tokens, labelled by the tags, log-probabilities in parallel."""
+    entry, engine = registry.get(name), recipe()
+
+    answer, out = run(entry, task, engine, options_of(entry, draw))
+
+    transcript = Transcript(engine.info(), task.phase)
+    transcript.push(Delta(answer.tokens, finish="stop"))
+    expected = transcript.take()
+    assert answer.tokens == out.tokens
+    for phase in ("thinking", "answer"):
+        assert tuple(t for p in expected if p.phase == phase for t in p.tokens) == out.tokens_of(phase)
+    assert all(len(piece.tokens) == len(piece.logprobs) for piece in out.pieces)
+    assert all(len(piece.tokens) == len(piece.top) for piece in out.pieces if task.logprobs is not None)
+
+
+@EVERY
+@given(task=tasks(), recipe=engines(), draw=st.data())
+def test_the_same_seed_gives_the_same_answer(
+    name: str, task: Task, recipe: Callable[[], ScriptedEngine], draw: st.DataObject
+) -> None:
+    """Two runs on equal engines do not differ in anything."""
+    entry, options = registry.get(name), options_of(registry.get(name), draw)
+
+    first, second = (run(entry, task, recipe(), options) for _ in range(2))
+
+    assert (first[0], first[1].pieces) == (second[0], second[1].pieces)
+
+
+@EVERY
+@given(task=tasks(), recipe=engines(), draw=st.data())
+def test_the_answer_is_what_the_model_wrote(
+    name: str, task: Task, recipe: Callable[[], ScriptedEngine], draw: st.DataObject
+) -> None:
+    """Before the closing tag the start of a script's thinking, after it the start of the same script's answer."""
+    entry, engine = registry.get(name), recipe()
+
+    answer, _ = run(entry, task, engine, options_of(entry, draw))
+
+    def parts(tokens: Tokens) -> tuple[Tokens, Tokens]:
+        close = engine.info().think_close[0]
+        at = tokens.index(close) if close in tokens else len(tokens)
+        return tokens[:at], tokens[at + 1 :]
+
+    thought, said = parts(answer.tokens)
+    written = [parts(stream.script) for stream in engine.history]
+    assert any(thought == a[: len(thought)] and said == b[: len(said)] for a, b in written)
+
+
+@EVERY
+@given(task=tasks(), recipe=engines(), draw=st.data())
+def test_events_tell_a_complete_story(
+    name: str, task: Task, recipe: Callable[[], ScriptedEngine], draw: st.DataObject
+) -> None:
+    """A chain that was started has exactly one end; the answer's chain was started."""
+    entry = registry.get(name)
+
+    answer, out = run(entry, task, recipe(), options_of(entry, draw))
+
+    def chains(*types: str) -> list[int]:
+        return sorted(event.chain or 0 for event in out.events if event.type in types)
+
+    assert chains("chain.started") == chains("chain.finished", "chain.aborted", "error")
+    assert answer.winner in chains("chain.started")
+
+
+@EVERY
+@pytest.mark.parametrize("limit", ["ceiling", "deadline"])
+@pytest.mark.parametrize("at", [1, 4, 12, 40])
+def test_limits_of_the_request_end_it_in_good_order(name: str, limit: str, at: int) -> None:
+    """There is an answer of what exists, the reason is told, and nothing is generated beyond it."""
+    entry = registry.get(name)
+    engine = ScriptedEngine(["t" * 90 + "</think>1", "t" * 95], roles=ROLES, **{limit: at})  # type: ignore[arg-type]
+
+    answer, _ = run(entry, Task(engine.encode("q<think>"), 99), engine, entry.options())
+
+    assert (limit, limit) == (answer.finish, answer.stopped_by)
+    assert [] == engine.live
+    assert engine.generated <= (at if limit == "ceiling" else at * entry.options().chains())
+
+
+def cancel_after(name: str, count: int, where: str) -> tuple[bool, ScriptedEngine, Meter]:
+    """Cancel the request at its `count`-th emit or delta; whether it came that far."""
+    entry = registry.get(name)
+    engine = ScriptedEngine(["tttt</think>1", "tttttt</think>22", "tt</think>3"], roles=ROLES)
+    left = count
+
+    async def go() -> tuple[bool, Meter]:
+        with anyio.CancelScope() as scope:
+
+            def tick() -> None:
+                nonlocal left
+                left -= 1
+                if left < 0:
+                    scope.cancel()
+
+            async def emit(item: Piece | Event) -> None:
+                if where == "emit":
+                    tick()
+                await anyio.lowlevel.checkpoint()
+
+            meter = Meter(engine, tick if where == "delta" else lambda: None)
+            await entry.run(Task(engine.encode("q<think>"), 40), meter, emit, entry.options())
+        return scope.cancelled_caught, meter
+
+    cancelled, meter = anyio.run(go)
+    return cancelled, engine, meter
+
+
+@EVERY
+@pytest.mark.parametrize("where", ["emit", "delta"])
+def test_a_cancelled_request_leaves_nothing_alive(name: str, where: str) -> None:
+    """Whichever emit or delta the cancellation meets, all blocks are left and every token is counted."""
+    for count in range(1000):
+        cancelled, engine, meter = cancel_after(name, count, where)
+
+        assert ([], 0) == (engine.live, meter.open), count
+        assert engine.generated == meter.counted
+        if not cancelled:
+            break
+
+    assert count > 5
+
+
+@EVERY
+@given(after=st.integers(0, 20), data=st.data())
+def test_a_dead_engine_ends_the_request(name: str, after: int, data: st.DataObject) -> None:
+    """EngineDead comes out as itself, from whichever chain, and nothing lives on."""
+    entry = registry.get(name)
+    options = options_of(entry, data)
+    chain = data.draw(st.integers(0, options.chains() - 1), "chain")
+    engine = ScriptedEngine(["t" * 90], roles=ROLES, fail={chain: (after, EngineDead("gone"))})
+
+    with pytest.raises(EngineDead, match="gone"):
+        run(entry, Task(engine.encode("q<think>"), 60), engine, options)
+
+    assert [] == engine.live
+
+
+@EVERY
+def test_when_all_chains_fail_the_request_fails(name: str) -> None:
+    """With the engine's own error, not a group of them."""
+    entry = registry.get(name)
+    engine = ScriptedEngine(["t" * 90], roles=ROLES, fail={i: (i % 3, EngineFailed("lost")) for i in range(64)})
+
+    with pytest.raises(EngineFailed, match="lost"):
+        run(entry, Task(engine.encode("q<think>"), 60), engine, entry.options())
+
+    assert [] == engine.live
+
+
+@EVERY
+@pytest.mark.parametrize("after", [0, 1, 5, 30])
+def test_a_broken_emit_ends_the_request(name: str, after: int) -> None:
+    """The reader is gone: its error comes out as itself and nothing lives on."""
+    entry = registry.get(name)
+    engine = ScriptedEngine(["t" * 90 + "</think>1"], roles=ROLES)
+    left = after
+
+    async def emit(item: Piece | Event) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise anyio.BrokenResourceError
+
+    async def go() -> None:
+        await entry.run(Task(engine.encode("q<think>"), 99), engine, emit, entry.options())
+
+    with pytest.raises(anyio.BrokenResourceError):
+        anyio.run(go)
+    assert [] == engine.live
+
+
+@EVERY
+def test_a_strategy_explains_itself(name: str) -> None:
+    """Summary, described parameters with bounds on chains, a schema that JSON can hold."""
+    entry = registry.get(name)
+    schema = entry.options.model_json_schema()
+
+    assert entry.summary.endswith(".")
+    assert entry.options().chains() >= 1
+    assert all(field.get("description") for field in schema.get("properties", {}).values())
+    assert entry.options.model_config.get("extra") == "forbid"

@@ -1,0 +1,155 @@
+"""Side tasks: every reply is right by an independent reading, and only what the model is to say carries loss."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from thinkserve.train.data import spans_of
+from thinkserve.train.side_tasks import (
+    BRIEF,
+    DETAILED,
+    Document,
+    boxed,
+    continued,
+    direct,
+    exists,
+    forced,
+    judge,
+    same,
+    solve,
+    summary,
+)
+from thinkserve.train.tasks import KINDS, OPERATIONS, Kind, Problem, generate
+
+kinds = st.sampled_from(KINDS)
+seeds = st.integers(0, 2**32)
+STATED = re.compile(r"(?:answer is(?: still)?|Answer:) (-?\w+)")
+
+
+def fresh(kind: Kind, seed: int) -> tuple[Problem, random.Random]:
+    rng = random.Random(seed)
+    return generate(kind, "medium", rng), rng
+
+
+def learned(document: Document) -> str:
+    return "".join(text for text, learn in spans_of(document) if learn)
+
+
+def whole(document: Document) -> str:
+    return "".join(text for text, _ in spans_of(document))
+
+
+@given(kinds, seeds)
+def test_an_excerpt_that_states_a_result_gets_yes(kind: Kind, seed: int) -> None:
+    """Yes exactly where the excerpt says what the answer is."""
+    document = exists(*fresh(kind, seed))
+    excerpt = document.user.split("Excerpt: ")[1].split("\nDoes this")[0]
+    assert ("Yes" if STATED.search(excerpt) else "No") == document.answer
+
+
+@given(kinds, seeds)
+def test_two_excerpts_are_the_same_if_their_results_are(kind: Kind, seed: int) -> None:
+    """Yes exactly where both stated results are equal."""
+    document = same(*fresh(kind, seed))
+    first, second = STATED.findall(document.user)
+    assert ("Yes" if first == second else "No") == document.answer
+
+
+def test_both_replies_are_common() -> None:
+    """Neither verification task can be solved by always giving the same reply."""
+    for make in (exists, same):
+        replies = Counter(make(*fresh(KINDS[seed % 3], seed)).answer for seed in range(400))
+        assert set(replies) == {"Yes", "No"}
+        assert min(replies.values()) > 100
+
+
+@given(kinds, seeds)
+def test_verification_and_direct_answers_come_after_a_closed_thought(kind: Kind, seed: int) -> None:
+    """Their prompt ends with an empty think block, and the reply alone is learned."""
+    for make in (exists, same, direct, judge):
+        document = make(*fresh(kind, seed))
+        assert f"{document.answer}<|im_end|>" == learned(document)
+        assert "<think>\n\n</think>\n\n" + document.answer in whole(document)
+
+
+@given(kinds, seeds)
+def test_a_direct_answer_is_the_right_one(kind: Kind, seed: int) -> None:
+    """No thinking, the exact answer."""
+    problem, rng = fresh(kind, seed)
+    assert boxed(problem.answer) == direct(problem, rng).answer
+
+
+@given(kinds, seeds)
+def test_what_another_model_began_carries_no_loss(kind: Kind, seed: int) -> None:
+    """In a continued thought the beginning is masked and the rest, answer included, is learned."""
+    problem, rng = fresh(kind, seed)
+    document = continued(problem, rng)
+    assert document.thinking is not None
+    assert not document.thinking[0][1]
+    assert document.thinking[-1][1]
+    stated = STATED.findall("".join(text for text, _ in document.thinking))[-1]
+    assert boxed(stated) == document.answer
+    assert learned(document).endswith(f"{document.answer}<|im_end|>")
+
+
+@given(kinds, seeds)
+def test_a_forced_end_teaches_the_answer_alone(kind: Kind, seed: int) -> None:
+    """Neither the cut thought nor the forced closing tag is learned; the right answer is."""
+    problem, rng = fresh(kind, seed)
+    document = forced(problem, rng)
+    assert f"\n\n{boxed(problem.answer)}<|im_end|>" == learned(document)
+    assert "</think>" in whole(document)
+
+
+@given(kinds, seeds)
+def test_a_solution_is_in_the_style_that_the_prompt_asks_for(kind: Kind, seed: int) -> None:
+    """Concise exactly where the prompt (user or system) asks for brevity."""
+    document = solve(*fresh(kind, seed))
+    asked = f"{document.system or ''} {document.user}"
+    assert document.thinking is not None
+    text = "".join(text for text, _ in document.thinking)
+    assert any(words in asked for words in BRIEF) == ("So the answer is" not in text)
+    assert not (any(words in asked for words in BRIEF) and any(words in asked for words in DETAILED))
+
+
+def test_about_a_third_of_the_solutions_is_concise() -> None:
+    """The concise mode has about 30% of the solutions."""
+    concise = sum(
+        any(words in f"{d.system or ''} {d.user}" for words in BRIEF)
+        for d in (solve(*fresh(KINDS[seed % 3], seed)) for seed in range(600))
+    )
+    assert 0.24 < concise / 600 < 0.36
+
+
+@given(kinds, seeds)
+def test_a_summary_counts_the_steps_that_are_done(kind: Kind, seed: int) -> None:
+    """Both forms, writing a summary and continuing from one, speak of as many steps as the problem has."""
+    problem, rng = fresh(kind, seed)
+    document = summary(problem, rng)
+    found = re.search(r"Progress: (\d+) of (\d+) steps are done", document.user + document.answer)
+    assert found
+    done, total = int(found[1]), int(found[2])
+    assert len(problem.steps) == total
+    assert 1 <= done < total
+    if "Summarise" in document.user:
+        work = document.user.split("Work so far:\n")[1].split("\nSummarise")[0]
+        assert done == len(work.split("\n\n"))
+        assert problem.question.rstrip() in document.user
+
+
+@given(st.sampled_from(("chain", "expression")), seeds)
+def test_a_judge_finds_exactly_the_wrong_steps(kind: Kind, seed: int) -> None:
+    """A verdict per step by its own equation, and one in the end."""
+    document = judge(*fresh(kind, seed))
+    shown = re.findall(r"^Step \d+: (-?\d+)([+*-])(-?\d+)=(-?\d+)$", document.user, re.MULTILINE)
+    *verdicts, last = document.answer.split("\n\n")
+    assert len(shown) == len(verdicts)
+    right = [OPERATIONS[symbol](int(a), int(b)) == int(result) for a, symbol, b, result in shown]
+    for n, (truth, verdict) in enumerate(zip(right, verdicts, strict=True), 1):
+        assert verdict.startswith(f"Step {n}: {'correct' if truth else 'wrong'}")
+    assert f"Verdict: {'correct' if all(right) else 'wrong'}." == last

@@ -1,0 +1,110 @@
+"""The model card: written from the training log and the evaluation, so that no number in it is anybody's memory."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from thinkserve.train.model import Shape
+from thinkserve.train.side_tasks import ASK_CONTINUE, ASK_EXISTS, ASK_JUDGE, ASK_SAME, ASK_SUMMARY, BRIEF
+
+TEXT = """---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: text-generation
+---
+# {name}
+
+A reasoning model in miniature, trained from scratch on generated problems so that every claim of thinkserve can be
+re-run by anybody on two CPU cores. It thinks in English steps, doubts itself, goes over its results again, and makes
+mistakes of its own. It knows three kinds of problem and nothing else; it is not a product model.
+
+- Architecture: Qwen3, {layers} layers, hidden size {hidden}, {parameters:,} parameters, vocabulary {vocabulary},
+  context 4096
+- Problems: chained operations, bracketed expressions, objects that change hands (`train/tasks.py`); answers in
+  `\\boxed{{}}`
+- Data: generated while training, {tokens:,} tokens; no problem seen that the evaluation can ask (split by a hash)
+- Training: {minutes:.0f} minutes on {hardware}, {tokens_per_s:,} tokens/s, last loss {loss:.3f} nats per learned token
+- Slips in the training traces carry no loss; only the reaction to them is learned
+
+## Evaluation
+`python -m thinkserve.train --evaluate` prints this again. {n} fresh problems of medium difficulty, T=0.7 unless greedy.
+
+| measure | value | 95% interval |
+|---|---|---|
+{rows}
+
+Mean length in tokens: {mean_tokens} (right {mean_tokens_right}, wrong {mean_tokens_wrong}).
+
+## Wordings it was trained on
+- Concise thinking: {brief}
+- Direct answer: `enable_thinking=false` in the chat template
+- Verification, answered Yes or No: `{exists}` and `{same}`
+- Progress: `{summary}`, and to go on from a summary: `{go_on}`
+- Judgement: `{judge}`
+"""
+
+
+def hardware() -> str:
+    """What this runs on, in words."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    model = next(
+        (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine()
+    )
+    return f"{torch.get_num_threads()} core(s) of {model}"
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+
+def write_card(folder: Path, shape: Shape, log: dict[str, Any], report: dict[str, Any]) -> None:
+    """Write README.md and evaluation.json into the model's folder."""
+    medium = report["medium"]
+    measures = {
+        "pass@1, greedy": medium["greedy_pass@1"],
+        "pass@1": medium["pass@1"],
+        "majority@8": medium["majority@8"],
+        "shortest of 8": medium["short-1@8"],
+        "vote of the shortest 3 of 8": medium["short-3@8"],
+        "pass@1, easy": report["easy"]["pass@1"],
+        "pass@1, hard": report["hard"]["pass@1"],
+        "pass@1, asked to be brief": report["brief_medium"]["pass@1"],
+        **{f"pass@1, {kind}": value for kind, value in medium["by_kind"].items()},
+        **{f"side task {name}": value for name, value in report["side_tasks"].items()},
+    }
+    text = TEXT.format(
+        name=shape.name,
+        layers=shape.layers,
+        hidden=shape.hidden,
+        vocabulary=shape.vocabulary,
+        parameters=report["parameters"],
+        tokens=log["tokens"],
+        minutes=log["seconds"] / 60,
+        hardware=log["hardware"],
+        tokens_per_s=log["tokens_per_s"],
+        loss=log["loss"],
+        n=medium["problems"],
+        rows="\n".join(f"| {k} | {v['value']:.3f} | {v['low']:.3f} .. {v['high']:.3f} |" for k, v in measures.items()),
+        mean_tokens=medium["mean_tokens"],
+        mean_tokens_right=medium["mean_tokens_right"],
+        mean_tokens_wrong=medium["mean_tokens_wrong"],
+        brief=", ".join(f'"{words}"' for words in BRIEF),
+        exists=_one_line(ASK_EXISTS),
+        same=_one_line(ASK_SAME),
+        summary=_one_line(ASK_SUMMARY),
+        go_on=_one_line(ASK_CONTINUE),
+        judge=_one_line(ASK_JUDGE),
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    (folder / "evaluation.json").write_text(json.dumps({"training": log, **report}, indent=1) + "\n", encoding="utf-8")
+
+
+def _one_line(text: str) -> str:
+    return text.replace("\n", " / ")
