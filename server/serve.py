@@ -6,7 +6,9 @@ The order is the point: check everything that can be checked, take the port, loa
 from __future__ import annotations
 
 import os
+import signal
 import socket
+from functools import partial
 from time import monotonic
 
 import anyio
@@ -23,12 +25,17 @@ def run(settings: Settings, console: Console) -> int:
     begin = monotonic()
     checked = check(settings)
     listener = reserve_socket(settings.host, settings.port)
-    # A forked engine process must not keep the port open when this process is gone.
-    os.register_at_fork(after_in_child=listener.close)
+    os.register_at_fork(after_in_child=partial(_leave, listener))
     logs.set_up(settings.log_json)
     megabytes, device = round(checked.model.weight_bytes / 1e6), "CPU" if checked.cpu else "GPU"
     console.print(f"loading {checked.served} ({checked.model.architecture}, {megabytes} MB) on {device}")
     return anyio.run(_serve, settings, checked, listener, console, begin, backend_options={"use_uvloop": True})
+
+
+def _leave(listener: socket.socket) -> None:
+    """In a forked engine process: neither keep the port open nor pass its signals on to this process's event loop."""
+    listener.close()
+    signal.set_wakeup_fd(-1)
 
 
 async def _serve(

@@ -5,7 +5,6 @@ What cannot be honoured is refused here, before anything runs; what is merely cu
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -209,14 +208,13 @@ def total(chat: ChatRequest, settings: Settings) -> int:
     return min(asked or settings.max_request_tokens, settings.max_request_tokens)
 
 
-def to_seed(chat: ChatRequest) -> int:
-    """The request's seed, or a random one of 63 bits. ApiError 400 when two are given that differ."""
+def to_seed(chat: ChatRequest) -> int | None:
+    """The request's seed, if it names one. ApiError 400 when two are given that differ."""
     nested = chat.choice.seed if chat.choice else None
     if chat.seed is not None and nested is not None and chat.seed != nested:
         message = f"seed ({chat.seed}) and strategy.seed ({nested}) disagree."
         raise ApiError(400, "conflicting_parameters", message, param="strategy.seed")
-    given = chat.seed if chat.seed is not None else nested
-    return secrets.randbits(63) if given is None else given
+    return chat.seed if chat.seed is not None else nested
 
 
 def to_timeout(chat: ChatRequest, headers: Headers, settings: Settings, warnings: Warnings) -> float:

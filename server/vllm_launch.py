@@ -111,6 +111,7 @@ def launch(settings: Settings, model: ModelDir) -> Any:
 
 
 def _start(settings: Settings, model: ModelDir, cpu: bool) -> Any:
+    import torch
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -121,6 +122,9 @@ def _start(settings: Settings, model: ModelDir, cpu: bool) -> Any:
         def __del__(self) -> None: ...
 
     fork = cpu and model.small
+    if fork:
+        # OMP_NUM_THREADS came too late if anybody had imported torch before: the core would spin on threads it lacks.
+        torch.set_num_threads(1)
     if cpu:
         _register_in_process(model.architecture)
     try:

@@ -67,9 +67,9 @@ class Control:
 class Job:
     """One sequence to generate.
 
-    `max_tokens` counts new tokens. `thinking_budget` caps the thinking tokens of this job: the engine forces the end of
-    thinking when it is reached (None: no cap). `stop` strings and `stop_tokens` end the job wherever they occur and stay
-    in the tokens. `logprobs` is the number of alternatives per token (0: the sampled token's only;
+    `max_tokens` counts new tokens. `thinking_budget` caps the thinking tokens of this job: the engine forces the end
+    of thinking when it is reached (None: no cap). `stop` strings and `stop_tokens` end the job wherever they occur and
+    stay in the tokens. `logprobs` is the number of alternatives per token (0: the sampled token's log-probability only;
     None: no log-probabilities at all).
     """
 
@@ -190,7 +190,8 @@ class Task:
 
     `max_tokens` and `thinking_budget` are per chain, `max_total_tokens` is for the whole request (enforced by the
     engine handed to the strategy). `phase` is where generation starts: inside the think block or already in the answer;
-    None when the model decides by writing (or not) its opening tag.
+    None when the model decides by writing (or not) its opening tag. Without a `seed` the engine draws as it likes, which
+    is cheaper than a generator per chain.
     """
 
     prompt: Tokens
@@ -199,16 +200,16 @@ class Task:
     thinking_budget: int | None = None
     max_total_tokens: int | None = None
     phase: Phase | None = "thinking"
-    seed: int = 0
+    seed: int | None = 0
     logprobs: int | None = None
 
     def job(self, index: int = 0) -> Job:
-        """The job of chain `index`: same prompt and sampling, its own seed."""
+        """The job of chain `index`: same prompt and sampling, its own seed if the task has one."""
         return Job(
             prompt=self.prompt,
             max_tokens=self.max_tokens,
             sampling=self.sampling,
-            seed=chain_seed(self.seed, index),
+            seed=None if self.seed is None else chain_seed(self.seed, index),
             thinking_budget=self.thinking_budget,
             logprobs=self.logprobs,
         )

@@ -32,15 +32,22 @@ AGAIN = (
 )
 
 
+WRONG_AGAIN = 0.85  # how likely a wrong result is verified: doubt is not blind
+
+
 @dataclass(frozen=True, slots=True)
 class Habits:
-    """Probabilities of the trace writer; `catch` is how often a slip is noticed at once."""
+    """Probabilities of the trace writer; `catch` is how often a slip is noticed at once.
+
+    `again` is the first verification of a result; each further one is `again_fade` times as likely as the last.
+    """
 
     slip: float = 0.07
     catch: float = 0.65
     check_easy: float = 0.05
     check_hard: float = 0.2
-    again: float = 0.45
+    again: float = 0.4
+    again_fade: float = 0.6
     again_slip: float = 0.04
 
 
@@ -112,10 +119,12 @@ class TraceWriter:
         answer = self.work.value
         self.say(f"So the answer is {answer}." if self.style == "verbose" else f"Answer: {answer}")
         wrong = answer != self.problem.answer
-        rate = 0.85 if wrong else self.habits.again
-        while self.style == "verbose" and self.rng.random() < (rate if self.habits.again else 0.0):
+        rate = self.habits.again
+        if wrong and rate:
+            rate = WRONG_AGAIN
+        while self.style == "verbose" and self.rng.random() < rate:
             answer = self.verify(answer)
-            rate = self.habits.again
+            rate = min(rate, self.habits.again) * self.habits.again_fade
 
     def verify(self, answer: str) -> str:
         """Go through everything once more in short form; a disagreement leads to a careful third pass."""

@@ -120,14 +120,14 @@ def test_the_concise_style_is_much_shorter() -> None:
     assert mean(n for _, n in concise) < 0.5 * mean(n for _, n in verbose)
 
 
-def test_verification_goes_on_for_a_geometric_number_of_rounds() -> None:
-    """Overthinking: about `again` of the flawless traces verify, about its square verify twice."""
+def test_further_verifications_become_rarer() -> None:
+    """Overthinking: `again` of the flawless traces verify, of these `again` x `again_fade` verify twice."""
     rounds = [
         len(re.findall("still", text_of(trace("chain", "verbose", seed, Habits(slip=0.0, again_slip=0.0))[1])))
         for seed in range(800)
     ]
-    assert mean(n >= 1 for n in rounds) == pytest.approx(0.45, abs=0.06)
-    assert mean(n >= 2 for n in rounds) == pytest.approx(0.45**2, abs=0.06)
+    assert mean(n >= 1 for n in rounds) == pytest.approx(0.4, abs=0.06)
+    assert mean(n >= 2 for n in rounds) == pytest.approx(0.4 * 0.24, abs=0.03)
 
 
 @given(st.sampled_from(("chain", "expression")), seeds)
