@@ -190,8 +190,7 @@ class Task:
 
     `max_tokens` and `thinking_budget` are per chain, `max_total_tokens` is for the whole request (enforced by the
     engine handed to the strategy). `phase` is where generation starts: inside the think block or already in the answer;
-    None when the model decides by writing (or not) its opening tag. Without a `seed` the engine draws as it likes, which
-    is cheaper than a generator per chain.
+    None when the model decides by writing (or not) its opening tag. Without a `seed` the engine draws as it likes.
     """
 
     prompt: Tokens

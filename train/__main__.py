@@ -22,6 +22,7 @@ from thinkserve.train.export import export, load, log_summary
 from thinkserve.train.loop import Recipe, Run
 from thinkserve.train.model import SHAPES
 from thinkserve.train.tokenizer import train_tokenizer
+from thinkserve.train.vllm_sample import VllmSampler
 
 SAMPLES = 8000
 
@@ -65,7 +66,7 @@ def make(size: str, options: argparse.Namespace) -> None:
     else:
         training = train(size, options, target)
     model, tokenizer = load(target, shape)
-    report = Evaluation(model.to(options.device).eval(), tokenizer).report(options.problems)
+    report = Evaluation(VllmSampler(target), tokenizer).report(options.problems)
     report["parameters"] = sum(p.numel() for p in model.parameters())
     write_card(target, shape, training, report)
     print(shape.name, json.dumps(report, indent=1))

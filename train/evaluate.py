@@ -8,13 +8,11 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from tokenizers import Tokenizer
 
 from thinkserve.train.data import spans_of
-from thinkserve.train.model import Model
-from thinkserve.train.sample import sample
 from thinkserve.train.side_tasks import Document, exists, forced, judge, same
 from thinkserve.train.tasks import KINDS, Level, Problem, problems
 from thinkserve.train.tokenizer import special
@@ -52,11 +50,19 @@ def rate(hits: Sequence[bool]) -> dict[str, float]:
     return {"value": round(sum(hits) / max(1, len(hits)), 4), "low": round(low, 4), "high": round(high, 4)}
 
 
+class Sampler(Protocol):
+    """Something that completes token prompts, eos included."""
+
+    def __call__(self, prompts: list[list[int]], *, temperature: float, seed: int, most: int = 1024) -> list[list[int]]:
+        """One completion per prompt."""
+        ...
+
+
 class Evaluation:
     """One model under test."""
 
-    def __init__(self, model: Model, tokenizer: Tokenizer, seed: int = 1000) -> None:
-        self.model, self.tokenizer, self.seed = model, tokenizer, seed
+    def __init__(self, sample: Sampler, tokenizer: Tokenizer, seed: int = 1000) -> None:
+        self.sample, self.tokenizer, self.seed = sample, tokenizer, seed
         self.eos = special(tokenizer, "<|im_end|>")
 
     def prompt(self, document: Document) -> list[int]:
@@ -71,7 +77,7 @@ class Evaluation:
     def solve(self, tasks: list[Problem], temperature: float, words: str = "") -> list[Trial]:
         """One solution per problem; `words` are added to the question."""
         prompts = [self.prompt(Document(f"{p.question} {words}".strip(), (), "")) for p in tasks]
-        written = sample(self.model, prompts, self.eos, temperature=temperature, seed=self.seed)
+        written = self.sample(prompts, temperature=temperature, seed=self.seed)
         return [Trial(p, self.boxed(tokens), len(tokens)) for p, tokens in zip(tasks, written, strict=True)]
 
     def boxed(self, tokens: list[int]) -> str | None:
@@ -110,7 +116,7 @@ class Evaluation:
         rng = random.Random(self.seed)
         documents = [make(p, rng) for p in problems(level, n, self.seed + 2)]
         prompts = [self.full(d) for d in documents]
-        written = sample(self.model, prompts, self.eos, temperature=0.0, seed=self.seed, most=400)
+        written = self.sample(prompts, temperature=0.0, seed=self.seed, most=400)
         replies = [self.tokenizer.decode(tokens).strip() for tokens in written]
         return rate([reply == d.answer for reply, d in zip(replies, documents, strict=True)])
 

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 
 from thinkserve.train.export import export, to_hf
 from thinkserve.train.model import CONTEXT, SHAPES, Model, Shape, rotations
-from thinkserve.train.sample import sample
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
 TOKENIZER = Tokenizer.from_file(str(MODELS / "arith-small" / "tokenizer.json"))
@@ -49,25 +48,6 @@ def test_a_position_sees_nothing_of_the_future() -> None:
     other[0, 25] = (other[0, 25] + 1) % TINY.vocabulary
     torch.testing.assert_close(logits(model, ids)[:, :25], logits(model, other)[:, :25])
     assert not torch.allclose(logits(model, ids)[:, 25:], logits(model, other)[:, 25:])
-
-
-def test_sampling_with_a_cache_equals_the_full_forward() -> None:
-    """Greedy completions of prompts of different lengths, in one batch, are what the full model would write."""
-    model = tiny(3)
-    prompts = [[5, 9, 200], [7] * 11, [300, 301, 302, 303, 304, 305]]
-    for prompt, found in zip(prompts, sample(model, prompts, 2, temperature=0.0, seed=0, most=12), strict=True):
-        expected: list[int] = []
-        while len(expected) < 12 and 2 not in expected:
-            expected.append(int(logits(model, torch.tensor([prompt + expected]))[0, -1].argmax()))
-        assert expected == found
-
-
-def test_sampling_is_repeatable_and_follows_the_seed() -> None:
-    """The same seed writes the same; another seed writes something else."""
-    model = tiny(4)
-    first, second, third = (sample(model, [[5, 6]] * 3, 2, temperature=1.0, seed=seed, most=16) for seed in (1, 1, 2))
-    assert first == second
-    assert first != third
 
 
 def test_an_export_is_complete_and_keeps_the_card(tmp_path: Path) -> None:
