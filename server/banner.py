@@ -21,7 +21,7 @@ from rich.text import Text
 from thinkserve.server import __version__
 
 EVERY_S = 0.1
-QUESTION = "What is ((17+48)*3-29)?"
+QUESTION = "Start with 17. Add 48. Multiply by 3. What is the result?"
 EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - what to call when the server listens everywhere
 
 

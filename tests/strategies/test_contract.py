@@ -346,12 +346,18 @@ def test_when_all_chains_fail_the_request_fails(name: str) -> None:
 
 
 @EVERY
-@pytest.mark.parametrize("after", [0, 1, 5, 30])
-def test_a_broken_emit_ends_the_request(name: str, after: int) -> None:
-    """The reader is gone: its error comes out as itself and nothing lives on."""
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+def test_a_broken_emit_ends_the_request(name: str, share: float) -> None:
+    """The reader is gone, at first, later, or for the last item: its error comes out as itself and nothing lives on."""
     entry = registry.get(name)
-    engine = ScriptedEngine(["t" * 90 + "</think>1"], roles=ROLES)
-    left = after
+
+    def fresh() -> ScriptedEngine:
+        return ScriptedEngine(["t" * 90 + "</think>1"], roles=ROLES)
+
+    whole, engine = Recorder(), fresh()
+    task = Task(engine.encode("q<think>"), 99)
+    anyio.run(entry.run, task, fresh(), whole, entry.options())
+    left = round(share * (len(whole.pieces) + len(whole.events) - 1))
 
     async def emit(item: Piece | Event) -> None:
         nonlocal left
@@ -359,11 +365,8 @@ def test_a_broken_emit_ends_the_request(name: str, after: int) -> None:
         if left < 0:
             raise anyio.BrokenResourceError
 
-    async def go() -> None:
-        await entry.run(Task(engine.encode("q<think>"), 99), engine, emit, entry.options())
-
     with pytest.raises(anyio.BrokenResourceError):
-        anyio.run(go)
+        anyio.run(entry.run, task, engine, emit, entry.options())
     assert [] == engine.live
 
 
