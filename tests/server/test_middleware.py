@@ -202,7 +202,7 @@ def test_an_unforeseen_error_is_a_plain_500_that_is_not_to_be_retried(serve: Ser
 
     class Broken(ScriptedBackend):
         async def render(self, *_: Any, **__: Any) -> Any:
-            raise RuntimeError("secret at 0xdeadbeef in /work/file.py")
+            raise RuntimeError("secret at 0xdeadbeef in /srv/file.py")
 
     engine = ScriptedEngine(["a"])
     answer = serve(engine, Broken(engine)).chat()
