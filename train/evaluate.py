@@ -15,7 +15,6 @@ from tokenizers import Tokenizer
 from thinkserve.train.data import spans_of
 from thinkserve.train.side_tasks import Document, exists, forced, judge, same
 from thinkserve.train.tasks import KINDS, Level, Problem, problems
-from thinkserve.train.tokenizer import special
 
 BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 
@@ -63,7 +62,6 @@ class Evaluation:
 
     def __init__(self, sample: Sampler, tokenizer: Tokenizer, seed: int = 1000) -> None:
         self.sample, self.tokenizer, self.seed = sample, tokenizer, seed
-        self.eos = special(tokenizer, "<|im_end|>")
 
     def prompt(self, document: Document) -> list[int]:
         """Tokens up to where the model takes over."""
