@@ -28,7 +28,7 @@ mistakes of its own. It knows three kinds of problem and nothing else; it is not
 - Problems: chained operations, bracketed expressions, objects that change hands (`train/tasks.py`); answers in
   `\\boxed{{}}`
 - Data: generated while training, {tokens:,} tokens; no problem seen that the evaluation can ask (split by a hash)
-- Training: {minutes:.0f} minutes on {hardware}, {tokens_per_s:,} tokens/s, last loss {loss:.3f} nats per learned token
+- Training: {training}
 - Slips in the training traces carry no loss; only the reaction to them is learned
 
 ## Evaluation
@@ -64,6 +64,21 @@ def _cpuinfo() -> list[str]:
     return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
+def stages(log: dict[str, Any]) -> list[dict[str, Any]]:
+    """The trainings that led to a model, first to last."""
+    before = log.get("before")
+    return [*(stages(before) if before else []), log]
+
+
+def told(stage: dict[str, Any]) -> str:
+    """One training in words."""
+    minutes, rate = stage["seconds"] / 60, stage["tokens_per_s"]
+    return (
+        f"{stage['tokens']:,} tokens in {minutes:.0f} minutes on {stage['hardware']} ({rate:,} tokens/s),"
+        f" last loss {stage['loss']:.3f} nats per learned token"
+    )
+
+
 def write_card(folder: Path, shape: Shape, log: dict[str, Any], report: dict[str, Any]) -> None:
     """Write README.md and evaluation.json into the model's folder."""
     medium = report["medium"]
@@ -85,11 +100,8 @@ def write_card(folder: Path, shape: Shape, log: dict[str, Any], report: dict[str
         hidden=shape.hidden,
         vocabulary=shape.vocabulary,
         parameters=report["parameters"],
-        tokens=log["tokens"],
-        minutes=log["seconds"] / 60,
-        hardware=log["hardware"],
-        tokens_per_s=log["tokens_per_s"],
-        loss=log["loss"],
+        tokens=sum(stage["tokens"] for stage in stages(log)),
+        training="\n  Then, on the mixture as it is now: ".join(map(told, stages(log))),
         n=medium["problems"],
         rows="\n".join(f"| {k} | {v['value']:.3f} | {v['low']:.3f} .. {v['high']:.3f} |" for k, v in measures.items()),
         mean_tokens=medium["mean_tokens"],

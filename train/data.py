@@ -30,15 +30,15 @@ POOL = 16  # batches that are sorted together
 
 # Share of documents per task; side tasks are short, so their share of tokens is smaller.
 MIXTURE: tuple[tuple[Maker, float], ...] = (
-    (solve, 0.55),
-    (drill, 0.16),
+    (solve, 0.45),
+    (drill, 0.12),
     (direct, 0.04),
     (exists, 0.04),
-    (same, 0.04),
-    (continued, 0.05),
-    (forced, 0.04),
+    (same, 0.12),
+    (continued, 0.04),
+    (forced, 0.06),
     (summary, 0.04),
-    (judge, 0.04),
+    (judge, 0.09),
 )
 
 
@@ -47,7 +47,7 @@ class Curriculum:
     """Shares of easy, medium and hard problems, moving from `begin` to `end` in the first `ramp` of the training."""
 
     begin: tuple[float, float, float] = (0.8, 0.2, 0.0)
-    end: tuple[float, float, float] = (0.25, 0.65, 0.1)
+    end: tuple[float, float, float] = (0.2, 0.6, 0.2)
     ramp: float = 0.6
 
     def draw(self, progress: float, rng: random.Random) -> Level:

@@ -151,9 +151,10 @@ class Swaps:
     def advance(self, rng: random.Random, slip: bool = False) -> Step:
         """Perform the next swap; a slip gives one of the two a wrong object."""
         a, b = self._todo.pop(0)
+        before = f"{a} {self._holds[a]}, {b} {self._holds[b]}"
         self._holds[a], self._holds[b] = self._holds[b], self._holds[a]
         if slip:
             victim = rng.choice((a, b))
             self._holds[victim] = rng.choice([o for o in OBJECTS if o != self._holds[victim]])
         changed = f" {a} {self._holds[a]}, {b} {self._holds[b]}"
-        return Step(f"{a} and {b} swap", f"{a}-{b}:", changed, state=f". Now {self.state}")
+        return Step(f"{a} and {b} swap", f"{before} become", changed, state=f". Now {self.state}")

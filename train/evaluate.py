@@ -52,7 +52,7 @@ def rate(hits: Sequence[bool]) -> dict[str, float]:
 class Sampler(Protocol):
     """Something that completes token prompts, eos included."""
 
-    def __call__(self, prompts: list[list[int]], *, temperature: float, seed: int, most: int = 1024) -> list[list[int]]:
+    def __call__(self, prompts: list[list[int]], *, temperature: float, seed: int, most: int = 2048) -> list[list[int]]:
         """One completion per prompt."""
         ...
 

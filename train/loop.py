@@ -11,14 +11,23 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from thinkserve.train.data import Batcher
+from thinkserve.train.data import Batcher, Curriculum
+from thinkserve.train.export import load
 from thinkserve.train.model import SHAPES, Model, rotations
 from thinkserve.train.optim import optimizers
 
 
+def fast_bf16(device: str) -> bool:
+    """Whether the device multiplies bfloat16 in hardware; a CPU that does not is ten times slower with it."""
+    return device != "cpu" or bool(torch.cpu._is_avx512_bf16_supported())
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How to train one model; the run ends after `minutes` of training or `tokens`, whichever comes first."""
+    """How to train one model; the run ends after `minutes` of training or `tokens`, whichever comes first.
+
+    `start` is the folder of an exported model whose weights are trained on; None: from scratch.
+    """
 
     size: str
     minutes: float
@@ -30,6 +39,7 @@ class Recipe:
     decay: float = 0.5
     seed: int = 1
     device: str = "cpu"
+    start: Path | None = None
     save_every_s: float = 120.0
 
 
@@ -41,9 +51,10 @@ class Run:
         torch.manual_seed(recipe.seed)
         self.recipe, self.folder = recipe, folder
         self.shape = SHAPES[recipe.size]
-        self.model = Model(self.shape).to(recipe.device)
+        self.model = (load(recipe.start, self.shape)[0] if recipe.start else Model(self.shape)).to(recipe.device)
         self.optimizers = optimizers(self.model, recipe.lr)
-        self.batcher = Batcher(tokenizer, recipe.batch, recipe.longest, recipe.seed)
+        curriculum = Curriculum(begin=Curriculum().end) if recipe.start else Curriculum()
+        self.batcher = Batcher(tokenizer, recipe.batch, recipe.longest, recipe.seed, curriculum)
         self.angles = rotations(recipe.longest, self.shape.head_dim, recipe.device)
         self.step = self.tokens = 0
         self.seconds = 0.0
@@ -64,6 +75,7 @@ class Run:
         """Go on until the end; safe to interrupt at any time."""
         saved = noted = time.monotonic()
         last = saved
+        value: float | None = None
         while self.progress < 1.0:
             value = self.update()
             now = time.monotonic()
@@ -75,13 +87,15 @@ class Run:
             if now - saved > self.recipe.save_every_s:
                 self.save()
                 saved = now
+        if value is not None:
+            self.note(value)
         self.save()
 
     def update(self) -> float:
         """One optimiser step; returns the loss in nats per learned token."""
         ids, labels = self.batcher.batch(self.progress)
         device, (cos, sin) = self.recipe.device, self.angles
-        with torch.autocast(device, dtype=torch.bfloat16):
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=fast_bf16(device)):
             loss = self.model.loss(ids.to(device), labels.to(device), cos[: ids.shape[1]], sin[: ids.shape[1]])
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

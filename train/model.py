@@ -18,6 +18,11 @@ NORM_EPS = 1e-6
 CONTEXT = 4096
 
 
+def default_device() -> str:
+    """Where training runs unless told otherwise."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 @dataclass(frozen=True, slots=True)
 class Shape:
     """Size of a member of the family."""

@@ -49,7 +49,8 @@ def solve(problem: Problem, rng: random.Random) -> Document:
     """The main task: think in the style that the prompt asks for, then answer."""
     style: Style = "concise" if rng.random() < 0.3 else "verbose"
     spans, answer = write_trace(problem, style, rng)
-    words = rng.choice(BRIEF) if style == "concise" else rng.choice(DETAILED) if rng.random() < 0.25 else ""
+    asked = rng.random() < (0.7 if style == "concise" else 0.25)
+    words = rng.choice(BRIEF if style == "concise" else DETAILED) if asked else ""
     user, system = problem.question, None
     if words and rng.random() < 0.3:
         system = words
@@ -112,6 +113,8 @@ def exists(problem: Problem, rng: random.Random) -> Document:
 def same(problem: Problem, rng: random.Random) -> Document:
     """Do the two excerpts state the same result?"""
     (first, a), (second, b) = conclusion(problem, rng), conclusion(problem, rng)
+    while a != b and rng.random() < 0.4:  # about as many Yes as No
+        second, b = conclusion(problem, rng)
     user = ASK_SAME.format(question=problem.question, first=first, second=second)
     return Document(user, None, "Yes" if a == b else "No")
 

@@ -20,7 +20,7 @@ Level = Literal["easy", "medium", "hard"]
 Split = Literal["train", "eval"]
 KINDS: tuple[Kind, ...] = ("chain", "expression", "swaps")
 EVAL_SHARE = 16  # one question in sixteen belongs to evaluation
-LIMITS: dict[Level, int] = {"easy": 99, "medium": 199, "hard": 999}  # values stay within 0 and this
+LIMITS: dict[Level, int] = {"easy": 99, "medium": 299, "hard": 999}  # values stay within 0 and this
 
 OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 VERBS = {"+": "Add", "-": "Subtract", "*": "Multiply by"}
@@ -29,9 +29,9 @@ OBJECTS = ("ball", "book", "cup", "key", "pen")
 
 # Number of operations (chain, expression) or of swaps, inclusive ranges per level.
 STEPS: dict[Kind, dict[Level, tuple[int, int]]] = {
-    "chain": {"easy": (2, 3), "medium": (3, 5), "hard": (6, 9)},
-    "expression": {"easy": (2, 2), "medium": (3, 4), "hard": (5, 7)},
-    "swaps": {"easy": (2, 3), "medium": (3, 5), "hard": (6, 9)},
+    "chain": {"easy": (2, 3), "medium": (4, 6), "hard": (7, 10)},
+    "expression": {"easy": (2, 3), "medium": (4, 5), "hard": (6, 8)},
+    "swaps": {"easy": (2, 3), "medium": (4, 6), "hard": (7, 10)},
 }
 
 

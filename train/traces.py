@@ -32,7 +32,7 @@ AGAIN = (
 )
 
 
-WRONG_AGAIN = 0.85  # how likely a wrong result is verified: doubt is not blind
+WRONG_AGAIN = 0.97  # how likely a wrong result is verified: doubt is not blind
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,19 +40,21 @@ class Habits:
     """Probabilities of the trace writer; `catch` is how often a slip is noticed at once.
 
     `again` is the first verification of a result; each further one is `again_fade` times as likely as the last.
+    `hurry` is how often, at a step, a verbose trace goes on in the concise style.
     """
 
     slip: float = 0.07
     catch: float = 0.65
     check_easy: float = 0.05
     check_hard: float = 0.2
-    again: float = 0.4
-    again_fade: float = 0.6
-    again_slip: float = 0.04
+    again: float = 0.85
+    again_fade: float = 0.95
+    again_slip: float = 0.03
+    hurry: float = 0.03
 
 
 DEFAULT = Habits()
-CAREFUL = Habits(slip=0.0, check_easy=0.0, check_hard=0.0, again=0.0, again_slip=0.0)
+CAREFUL = Habits(slip=0.0, check_easy=0.0, check_hard=0.0, again=0.0, again_slip=0.0, hurry=0.0)
 
 
 class TraceWriter:
@@ -86,6 +88,8 @@ class TraceWriter:
             slip = self.rng.random() < self.habits.slip
             before = deepcopy(self.work)
             step = self.work.advance(self.rng, slip)
+            if self.style == "verbose" and self.rng.random() < self.habits.hurry:
+                self.style = "concise"
             self.step(index, step, slip)
             if slip and self.rng.random() < self.habits.catch:
                 self.work = before
@@ -118,13 +122,14 @@ class TraceWriter:
         """State the answer; then verify, again and again, as such models do."""
         answer = self.work.value
         self.say(f"So the answer is {answer}." if self.style == "verbose" else f"Answer: {answer}")
-        wrong = answer != self.problem.answer
         rate = self.habits.again
-        if wrong and rate:
-            rate = WRONG_AGAIN
-        while self.style == "verbose" and self.rng.random() < rate:
+        while self.style == "verbose" and self.rng.random() < self.doubt(answer, rate):
             answer = self.verify(answer)
-            rate = min(rate, self.habits.again) * self.habits.again_fade
+            rate *= self.habits.again_fade
+
+    def doubt(self, answer: str, rate: float) -> float:
+        """How likely a result is verified (once more); a writer that never verifies does not doubt wrong results."""
+        return max(rate, WRONG_AGAIN) if rate and answer != self.problem.answer else rate
 
     def verify(self, answer: str) -> str:
         """Go through everything once more in short form; a disagreement leads to a careful third pass."""

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+from thinkserve.train.loop import fast_bf16
+from thinkserve.train.model import default_device
+
 KV_BYTES = 2**30
 
 
@@ -24,13 +27,14 @@ class VllmSampler:
         self._llm: Any = LLM(
             model=str(folder.resolve()),
             enforce_eager=True,
+            dtype="bfloat16" if fast_bf16(default_device()) else "float32",
             max_num_seqs=256,
             kv_cache_memory_bytes=KV_BYTES,
             distributed_executor_backend="uni",
             disable_log_stats=True,
         )
 
-    def __call__(self, prompts: list[list[int]], *, temperature: float, seed: int, most: int = 1024) -> list[list[int]]:
+    def __call__(self, prompts: list[list[int]], *, temperature: float, seed: int, most: int = 2048) -> list[list[int]]:
         """One completion of at most `most` tokens per prompt; temperature 0 is greedy. `seed` starts the sequence."""
         from vllm import SamplingParams, TokensPrompt
 
