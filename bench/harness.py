@@ -35,9 +35,9 @@ class Options:
     drift_problems: int = 50
     chat_levels: tuple[int, ...] = (1, 16, 64)
     chat_tokens: int = 128
-    chat_waves: int = 6
+    chat_waves: int = 4
     chat_rounds: int = 3
-    chat_repeats: int = 2
+    chat_repeats: int = 1
     startups: int = 3
 
     def quick(self) -> Options:

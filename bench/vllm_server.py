@@ -11,14 +11,15 @@ import sys
 from collections.abc import Mapping
 
 from bench.servers import Launch
+from thinkserve.server.model_dir import find_model
 from thinkserve.server.settings import Settings
-from thinkserve.server.vllm_launch import CPU_KV_GIB
+from thinkserve.server.vllm_launch import CPU_KV_GIB, dtype
 
 
 def vllm_server(model: str, *, cpu: bool) -> Launch:
     """vLLM's server with our engine's settings."""
     command = [sys.executable, "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server", "--model", model]
-    command += ["--served-model-name", "baseline", "--dtype", _default("dtype")]
+    command += ["--served-model-name", "baseline", "--dtype", dtype(Settings(), find_model(model), cpu)]
     command += ["--max-num-seqs", _default("max_num_seqs")]
     command += ["--enable-prefix-caching", "--reasoning-parser", "qwen3"]
     command += ["--disable-uvicorn-access-log", "--uvicorn-log-level", "warning"]

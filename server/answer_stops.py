@@ -85,4 +85,4 @@ class _Stopping(Through):
         if size is None:
             return delta
         self._over = True
-        return Delta(delta.tokens[:size], delta.logprobs[:size], delta.top[:size], "stop")
+        return Delta(delta.tokens[:size], delta.logprobs[:size], delta.top[:size], "stop", delta.stats[:size])

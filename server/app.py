@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.responses import Response
 
-from thinkserve.server import __version__, openapi, probes, routes
+from thinkserve.server import __version__, openapi, probes, routes, steering_routes
 from thinkserve.server.asgi import error_message
 from thinkserve.server.auth import Auth, load_keys
 from thinkserve.server.errors import ApiError, from_exception
@@ -37,6 +37,7 @@ def create_app(settings: Settings, backend: Backend) -> FastAPI:
     )
     app.state.server = state
     app.include_router(routes.router, dependencies=[Depends(_open)])
+    app.include_router(steering_routes.router)
     app.include_router(probes.router)
     for kind in (ApiError, ReasoningError, TimeoutError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _answer)

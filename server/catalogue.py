@@ -13,9 +13,15 @@ def rows() -> Iterator[tuple[str, str, str, str]]:
     """One row for each registered strategy, its parameters with their defaults."""
     for name in registry.names():
         entry = registry.get(name)
-        defaults = entry.options().model_dump(mode="json")
-        parameters = ", ".join(f"{key}={value}" for key, value in defaults.items() if value is not None)
+        given = [f"{key}={written(value)}" for key, value in entry.defaults.items() if value not in (None, [])]
+        required = [key for key, field in entry.options.model_fields.items() if field.is_required()]
+        parameters = ", ".join([*required, *given])
         yield entry.id, parameters, entry.summary, entry.reference or ""
+
+
+def written(value: object) -> str:
+    """A default on one line."""
+    return str(value).replace("\n", "\\n")
 
 
 def markdown() -> str:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.exceptions import TyperException
 
-from thinkserve.server import __version__
+from thinkserve.server import __version__, cli_budget, cli_vectors
 from thinkserve.server.config import Config, redacted
 from thinkserve.server.flags import from_settings
 from thinkserve.server.model_dir import StartError
@@ -112,6 +112,8 @@ def openapi(
 
 
 app.add_typer(config_app, name="config")
+app.add_typer(cli_vectors.app, name="vectors")
+app.add_typer(cli_budget.app, name="budget")
 
 
 def main() -> None:

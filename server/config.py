@@ -26,7 +26,7 @@ from thinkserve.server.validation import nearest
 PREFIX = "THINKSERVE_"
 # Variables that select something else than a setting: the configuration file itself.
 OTHER_VARIABLES = frozenset({"THINKSERVE_CONFIG"})
-SECRETS = frozenset({"api_keys"})
+SECRETS = frozenset({"admin_keys", "api_keys"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ def redacted(config: Config) -> str:
         text = yaml.safe_dump({name: value}, sort_keys=False, allow_unicode=True, width=1000).rstrip("\n")
         first, *rest = text.split("\n")
         # A secret is shown commented out: a file that holds one is refused.
-        hidden = "# " if name in SECRETS and value is not None else ""
+        hidden = "# " if name in SECRETS else ""
         lines += [f"{hidden}{first}  # {config.origin.get(name, 'default')}", *rest]
     return "\n".join(lines) + "\n"
 

@@ -25,7 +25,7 @@ SUPPORTED = [
     "max_completion_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
     "repetition_penalty", "logit_bias", "logprobs", "top_logprobs", "seed", "stop", "stream", "stream_options",
 ]  # fmt: skip
-REQUIRES = {"guide": "draft_model", "reward": "prm", "verifier": "verifier"}
+REQUIRES = {"guide": "draft_model", "reward": "prm", "verifier": "verifier", "steering": "hidden_states"}
 
 
 def models(serving: Serving, created: int) -> ModelList:
@@ -60,7 +60,7 @@ def strategy(serving: Serving, name: str) -> StrategyCard:
 
 def strategy_card(serving: Serving, entry: Strategy) -> StrategyCard:
     """What a client needs to know to use a strategy here."""
-    missing = missing_roles(entry, serving.backend)
+    reason = unavailable(entry, serving.backend)
     supports = entry.supports
     return {
         "id": entry.id,
@@ -70,11 +70,11 @@ def strategy_card(serving: Serving, entry: Strategy) -> StrategyCard:
         "version": entry.version,
         "summary": entry.summary,
         "params_schema": params_schema(entry),
-        "defaults": entry.options().model_dump(mode="json"),
+        "defaults": entry.defaults,
         "limits": limits(entry, serving.settings),
-        "requires": [REQUIRES[role] for role in entry.roles if role in REQUIRES],
-        "available": not missing,
-        "unavailable_reason": f"no model is configured for: {', '.join(missing)}" if missing else None,
+        "requires": [REQUIRES[each] for each in (*entry.roles, *entry.needs) if each in REQUIRES],
+        "available": reason is None,
+        "unavailable_reason": reason,
         "supports": {
             "stream": list(supports.stream),
             "n": False,
@@ -82,10 +82,18 @@ def strategy_card(serving: Serving, entry: Strategy) -> StrategyCard:
             "response_format": False,
             "logprobs": supports.logprobs,
             "seed": supports.seed,
+            "steer": serving.backend.vectors is not None,
         },
         "presets": [key for key, preset in serving.settings.presets.items() if _means(preset, entry)],
         "reference": entry.reference,
     }
+
+
+def unavailable(entry: Strategy, backend: Backend) -> str | None:
+    """Why a strategy cannot run here; None when it can."""
+    if missing := missing_roles(entry, backend):
+        return f"no model is configured for: {', '.join(missing)}"
+    return "the engine does not steer" if "steering" in entry.needs and backend.vectors is None else None
 
 
 def params_schema(entry: Strategy) -> dict[str, Any]:

@@ -72,6 +72,11 @@ def _bad_options(exc: BadOptions) -> ApiError:
     return ApiError(400, "value_out_of_range", str(exc), param=param)
 
 
+def _unsupported(exc: Unsupported) -> ApiError:
+    code = "strategy_unavailable" if exc.param == "strategy" else "unsupported_parameter"
+    return ApiError(400, code, str(exc), param=exc.param)
+
+
 def _engine_dead() -> ApiError:
     message = "The engine is not available; the server is restarting or needs its operator."
     return ApiError(503, "engine_unavailable", message, "overloaded_error", None, retry_after(5, 30))
@@ -103,7 +108,7 @@ TABLE: tuple[tuple[type[BaseException], Callable[[Any, str], ApiError]], ...] = 
     (ApiError, lambda exc, _: exc),
     (BadOptions, lambda exc, _: _bad_options(exc)),
     (UnknownStrategy, lambda exc, _: ApiError(400, "unknown_strategy", str(exc), param="strategy")),
-    (Unsupported, lambda exc, _: ApiError(400, "unsupported_parameter", str(exc), param=exc.param)),
+    (Unsupported, lambda exc, _: _unsupported(exc)),
     (TooLong, lambda exc, _: ApiError(400, "context_length_exceeded", str(exc), param="messages")),
     (EngineDead, lambda *_: _engine_dead()),
     (EngineFailed, lambda _, request_id: _engine_failed(request_id)),

@@ -15,8 +15,8 @@ from thinkserve.server.config import Config, load
 from thinkserve.server.settings import Settings
 
 ENGINE = frozenset({
-    "dtype", "enforce_eager", "gpu_memory_utilization", "kv_cache_gib", "max_model_len", "max_num_seqs",
-    "reasoning_close", "reasoning_open", "tensor_parallel_size",
+    "budget_predictor", "dtype", "enforce_eager", "gpu_memory_utilization", "kv_cache_gib", "max_model_len",
+    "max_num_seqs", "reasoning_close", "reasoning_open", "steering", "tensor_parallel_size", "vectors_dir",
 })  # fmt: skip
 MODEL = Annotated[str | None, typer.Argument(help=Settings.model_fields["model"].description, show_default=False)]
 FILE = Annotated[

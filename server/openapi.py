@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import TypeAdapter
 
-from thinkserve.server import __version__, wire_types
+from thinkserve.server import __version__, vector_types, wire_types
 from thinkserve.server.protocol import REFUSED, ChatRequest, StrategyChoice
 from thinkserve.strategies import registry
 from thinkserve.strategies.registry import Strategy
@@ -34,6 +34,8 @@ ANSWERS: dict[str, type] = {
     "/v1/models/{name}": wire_types.ModelCard,
     "/v1/strategies": wire_types.StrategyList,
     "/v1/strategies/{name}": wire_types.StrategyCard,
+    "/v1/steering/vectors": vector_types.VectorList,
+    "/v1/steering/vectors/{name}": vector_types.VectorCard,
     "/version": wire_types.Version,
 }
 HEADERS = {
@@ -52,6 +54,7 @@ def document(app: FastAPI) -> Schema:
     chat = paths["/v1/chat/completions"]["post"]
     chat["requestBody"] = {"required": True, "content": _json(_request(schemas))}
     chat["parameters"] = [_parameter(name, text) for name, text in REQUEST_HEADERS.items()]
+    _vectors(paths["/v1/steering/vectors/{name}"], schemas)
     done = chat["responses"]["200"]
     done["description"] = STREAM
     done["content"]["text/event-stream"] = {"schema": _component(wire_types.Chunk, schemas)}
@@ -98,6 +101,14 @@ def _complete(operation: Schema, answer: type | None, schemas: Schema) -> None:
     responses["default"] = {"$ref": "#/components/responses/Error"}
     if answer is not None:
         responses["200"]["content"] = _json(_component(answer, schemas))
+
+
+def _vectors(operations: Schema, schemas: Schema) -> None:
+    """The body that is a file, and the answers that are not the card of a vector."""
+    file = {"application/octet-stream": {"schema": {"type": "string", "format": "binary", "title": "safetensors"}}}
+    operations["put"]["requestBody"] = {"required": True, "content": file}
+    operations["put"]["responses"]["201"]["content"] = _json(_component(vector_types.VectorCard, schemas))
+    operations["delete"]["responses"]["200"]["content"] = _json(_component(vector_types.VectorDeleted, schemas))
 
 
 def _request(schemas: Schema) -> Schema:

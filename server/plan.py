@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from thinkserve.strategies.engine import Answer, Engine, ModelInfo, Phase, Sampling, Task, Tokens
+from thinkserve.server.vectors import VectorRegistry
+from thinkserve.strategies.engine import Answer, Control, Engine, ModelInfo, Phase, Sampling, Task, Tokens
 from thinkserve.strategies.registry import Options, Strategy, StreamMode
 
 
@@ -45,6 +46,11 @@ class Backend(Protocol):
         """Whether the engine process is there; cheap."""
         ...
 
+    @property
+    def vectors(self) -> VectorRegistry | None:
+        """Steering vectors by name; None when the engine cannot steer."""
+        ...
+
     def engine(self, request_id: str, salt: str | None = None) -> Engine:
         """The Engine of one request: engine ids start with `request_id`, prefixes are shared within `salt` only."""
         ...
@@ -66,7 +72,10 @@ class Backend(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One admitted request. `stop` strings act on the answer phase only; `timeout_s` bounds the whole request."""
+    """One admitted request. `stop` strings act on the answer phase only; `timeout_s` bounds the whole request.
+
+    `controls` go on every job of the target model, beside those that the strategy sets itself.
+    """
 
     request_id: str
     model: str
@@ -81,6 +90,7 @@ class Plan:
     warnings: tuple[str, ...] = ()
     include_reasoning: bool = True
     usage_scope: Literal["all", "winner"] = "all"
+    controls: tuple[Control, ...] = ()
 
     @property
     def cost(self) -> int:

@@ -29,8 +29,9 @@ def check(settings: Settings) -> Checked:
     if cpu:
         _refuse_gpu_options(settings)
         check_libraries()
-    if settings.api_keys_file is not None:
-        _check_keys(settings.api_keys_file)
+    for name in ("api_keys_file", "admin_keys_file"):
+        if (file := getattr(settings, name)) is not None:
+            _check_keys(name, file)
     model = find_model(settings.model)
     served = settings.served_name or model.name
     check_names(settings, served)
@@ -59,10 +60,10 @@ def _refuse_gpu_options(settings: Settings) -> None:
             raise StartError(f"{name} needs a GPU, but the engine is vLLM's CPU build (ENGINE=cuda installs the other)")
 
 
-def _check_keys(file: Path) -> None:
+def _check_keys(name: str, file: Path) -> None:
     try:
         keys = file.read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
-        raise StartError(f"Cannot read api_keys_file {file}: {getattr(error, 'strerror', 'not text')}") from None
+        raise StartError(f"Cannot read {name} {file}: {getattr(error, 'strerror', 'not text')}") from None
     if not keys:
-        raise StartError(f"api_keys_file {file} holds no key; without the setting, no key is needed")
+        raise StartError(f"{name} {file} holds no key; leave the setting out instead")

@@ -16,11 +16,14 @@ from thinkserve.server.errors import ApiError, clean
 from thinkserve.server.messages import Message, Text, Wire, complaint, kind, parts_in
 from thinkserve.server.settings import Effort
 from thinkserve.server.validation import from_pydantic
+from thinkserve.strategies.controls import Positions
 from thinkserve.strategies.registry import StreamMode
 
 MAX_MESSAGES = 4096
 MAX_BIASES = 1024
 MAX_STOP_CHARS = 256
+MAX_STEERS = 4
+MAX_SCALE = 10.0
 
 # Field -> values that ask for nothing; null always is one.
 REFUSED: dict[str, tuple[object, ...]] = {
@@ -87,6 +90,30 @@ class TemplateKwargs(Wire):
         return self
 
 
+class SteerChoice(Wire):
+    """One steering vector on every chain of the target model, whatever the strategy."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    vector: str = Field(description="Name of a vector of this server.")
+    scale: float = Field(
+        1.0,
+        description="Factor of the raw vector; negative: away from it.",
+        json_schema_extra={"minimum": -MAX_SCALE, "maximum": MAX_SCALE},
+    )
+    layers: list[int] | None = Field(
+        None, description="Blocks whose output is steered, counted from 0; default: all that the vector has."
+    )
+    positions: Positions = Field("generated", description="All generated tokens, or those until the end of thinking.")
+
+    @field_validator("scale", mode="after")
+    @classmethod
+    def _bounded(cls, scale: float) -> float:
+        if abs(scale) > MAX_SCALE:
+            raise PydanticCustomError("invalid_steering", f"a scale lies between -{MAX_SCALE:g} and {MAX_SCALE:g}")
+        return scale
+
+
 class StrategyChoice(Wire):
     """`strategy` as an object; a misspelt name is an error."""
 
@@ -99,6 +126,9 @@ class StrategyChoice(Wire):
     max_total_tokens: int | None = Field(None, ge=1, description="Most tokens that all chains together may generate.")
     stream: StreamMode | None = Field(None, description="Whose reasoning is streamed.")
     trace: Literal["none", "summary", "full"] | None = None
+    steer: list[SteerChoice] = Field(
+        default_factory=list[SteerChoice], max_length=MAX_STEERS, description="Steering vectors, added in this order."
+    )
 
 
 class ChatRequest(Wire):
@@ -197,7 +227,8 @@ def parse_chat(body: dict[str, Any]) -> ChatRequest:
     try:
         chat = ChatRequest.model_validate(body)
     except ValidationError as error:
-        raise from_pydantic(error, body, known={"strategy": StrategyChoice.model_fields}) from None
+        known = {f"strategy.steer.{index}": SteerChoice.model_fields for index in range(MAX_STEERS)}
+        raise from_pydantic(error, body, known={"strategy": StrategyChoice.model_fields, **known}) from None
     for name, neutral in REFUSED.items():
         value = body.get(name)
         if value is not None and not any(type(value) is type(one) and value == one for one in neutral):

@@ -17,6 +17,7 @@ from thinkserve.server.meter import FINISHED, MeteredEngine, Tally
 from thinkserve.server.metrics import ChainEnd, Metrics, RequestOutcome
 from thinkserve.server.plan import Backend, Outcome, Plan, Usage
 from thinkserve.server.request_log import RequestLog
+from thinkserve.server.steered import ControlledEngine
 from thinkserve.strategies.engine import Answer, Emit, Engine, Event, Piece
 
 # After its deadline a strategy has this long to decide with what it has.
@@ -86,7 +87,8 @@ class Execution:
         self.plan = plan
         self.client = client
         self.texts = engine
-        self._limits = LimitedEngine(engine, plan.task.max_total_tokens, plan.timeout_s)
+        steered = ControlledEngine(engine, plan.controls) if plan.controls else engine
+        self._limits = LimitedEngine(steered, plan.task.max_total_tokens, plan.timeout_s)
         stopping = AnswerStops(self._limits, plan.task, plan.stop) if plan.stop else self._limits
         self.meter = MeteredEngine(stopping, metrics)
         self._scope = CancelScope()

@@ -38,9 +38,7 @@ def _leave(listener: socket.socket) -> None:
     signal.set_wakeup_fd(-1)
 
 
-async def _serve(
-    settings: Settings, checked: Checked, listener: socket.socket, console: Console, begin: float
-) -> int:
+async def _serve(settings: Settings, checked: Checked, listener: socket.socket, console: Console, begin: float) -> int:
     from thinkserve.server.vllm_engine import create
 
     with banner.loading(console):

@@ -45,6 +45,10 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="Port to bind; 0 picks a free one.")
     api_keys: SecretStr | None = Field(None, description="Comma-separated API keys; unset: no authentication.")
     api_keys_file: Path | None = Field(None, description="File with one API key per line; read at start.")
+    admin_keys: SecretStr | None = Field(
+        None, description="Comma-separated keys that may also change the server's steering vectors; unset: nobody may."
+    )
+    admin_keys_file: Path | None = Field(None, description="File with one admin key per line; read at start.")
     public_routes: tuple[str, ...] = Field(
         ("/health", "/livez", "/readyz", "/version"), description="Paths that need no key when keys are set."
     )
@@ -77,3 +81,8 @@ class Settings(BaseSettings):
     enforce_eager: bool | None = Field(None, description="Skip torch.compile; default: on CPU yes, on GPU no.")
     reasoning_open: str = Field("<think>", description="Tag that opens thinking.")
     reasoning_close: str = Field("</think>", description="Tag that closes thinking.")
+    steering: bool = Field(True, description="Let requests steer activations by the vectors of this server.")
+    budget_predictor: Path | None = Field(
+        None, description="Folder of the budget predictor; default: budget/ in the model's folder, if it is there."
+    )
+    vectors_dir: Path | None = Field(None, description="Folder of steering vectors; default: vectors/ in the model's.")

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from thinkserve.server.plan import Rendered
+from thinkserve.server.vectors import VectorRegistry
 from thinkserve.strategies.engine import Engine, ModelInfo, Sampling
 from thinkserve.strategies.errors import EngineDead, TooLong
 from thinkserve.strategies.testing import ScriptedEngine
@@ -14,11 +15,13 @@ from thinkserve.strategies.testing import ScriptedEngine
 class ScriptedBackend:
     """One ScriptedEngine for all requests, behind a chat template that is `role: text` per line.
 
-    Generation starts inside the think block unless thinking is switched off. Set `alive` to False to lose the engine.
+    Generation starts inside the think block unless thinking is switched off. Set `alive` to False to lose the engine;
+    controls are kept in `scripted.history[i].job` and change nothing.
     """
 
-    def __init__(self, engine: ScriptedEngine, kv_tokens: int = 1 << 30) -> None:
+    def __init__(self, engine: ScriptedEngine, kv_tokens: int = 1 << 30, vectors: VectorRegistry | None = None) -> None:
         self.scripted = engine
+        self.vectors = vectors
         self.kv_tokens = kv_tokens
         self.alive = True
         self.closed = False

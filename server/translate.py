@@ -15,8 +15,10 @@ from thinkserve.server.budget import Thinking, thinking
 from thinkserve.server.choice import HEADER, Choice, choose
 from thinkserve.server.errors import ApiError, clean
 from thinkserve.server.plan import Backend, Plan, Rendered
-from thinkserve.server.protocol import ChatRequest
+from thinkserve.server.protocol import MAX_STEERS, ChatRequest
 from thinkserve.server.settings import Settings
+from thinkserve.server.steered import check_steer, foreign, invalid, to_steers
+from thinkserve.strategies.controls import Steer
 from thinkserve.strategies.engine import ModelInfo, Sampling, Task
 from thinkserve.strategies.errors import BadOptions, TooLong, Unsupported
 from thinkserve.strategies.registry import Strategy, StreamMode
@@ -65,6 +67,7 @@ async def to_plan(chat: ChatRequest, headers: Headers, serving: Serving, request
     sampling = to_sampling(chat, serving.backend.defaults, info, warnings)
     check_supports(chat, choice, sampling)
     check_chains(choice, settings)
+    steers = to_controls(chat, choice, serving.backend, warnings)
     thoughts = thinking(chat, info)
     rendered = await render(chat, serving.backend, thoughts)
     max_tokens = to_max_tokens(chat, choice, settings, info.context - len(rendered.tokens), warnings)
@@ -92,6 +95,7 @@ async def to_plan(chat: ChatRequest, headers: Headers, serving: Serving, request
         warnings=(*thoughts.warnings, *warnings.texts),
         include_reasoning=includes_reasoning(chat),
         usage_scope=settings.usage_scope,
+        controls=steers,
     )
 
 
@@ -139,6 +143,20 @@ def check_chains(choice: Choice, settings: Settings) -> None:
     if chains > settings.max_chains:
         message = f"{chains} chains are asked for; this server runs at most {settings.max_chains} per request."
         raise ApiError(400, "value_out_of_range", message, param=choice.param)
+
+
+def to_controls(chat: ChatRequest, choice: Choice, backend: Backend, warnings: Warnings) -> tuple[Steer, ...]:
+    """The steering that the request adds to its strategy. ApiError 400 invalid_steering, for the strategy's own too."""
+    steers = to_steers(chat.choice.steer if chat.choice else ())
+    own = [(choice.param, control) for control in choice.options.controls() if isinstance(control, Steer)]
+    if len(own) + len(steers) > MAX_STEERS:
+        message = f"At most {MAX_STEERS} steering vectors act on one chain, those of the strategy included."
+        raise invalid(message, "strategy.steer")
+    for where, steer in [*own, *((f"strategy.steer.{index}", each) for index, each in enumerate(steers))]:
+        vector = check_steer(steer, backend.vectors, backend.info, where)
+        if backend.vectors is not None and foreign(vector, backend.vectors):
+            warnings.add(f"steering vector {vector.name!r} was made for another model")
+    return steers
 
 
 def to_sampling(chat: ChatRequest, defaults: Sampling, info: ModelInfo, warnings: Warnings) -> Sampling:

@@ -12,7 +12,9 @@ from pydantic_core import ErrorDetails
 from thinkserve.server.errors import ApiError, clean
 
 # A validator of ours raises PydanticCustomError with one of these as its type; context `field` extends the path.
-OWN_CODES = frozenset({"missing_field", "unsupported_parameter", "invalid_type", "value_out_of_range"})
+OWN_CODES = frozenset({
+    "missing_field", "unsupported_parameter", "invalid_type", "value_out_of_range", "invalid_steering",
+})  # fmt: skip
 TYPE_ERRORS = ("_type", "_parsing", "_from_float", "union_tag_not_found", "union_tag_invalid", "_attributes_type")
 
 

@@ -17,6 +17,10 @@ import anyio.to_thread
 from thinkserve.server.model_dir import find_model
 from thinkserve.server.plan import Rendered
 from thinkserve.server.settings import Settings
+from thinkserve.server.vectors import VectorRegistry, Vectors, open_registry
+from thinkserve.server.vllm_controls import NOTHING, Continued, Steered, steering
+from thinkserve.server.vllm_guidance import guidance
+from thinkserve.server.vllm_vectors import LoadedVectors
 from thinkserve.strategies.chain import ResubmittedChain
 from thinkserve.strategies.engine import (
     Chain,
@@ -42,12 +46,13 @@ async def create(settings: Settings) -> VllmBackend:
     model = find_model(settings.model)
     from thinkserve.server.vllm_launch import launch
 
+    vectors = open_registry(settings, model)
     llm = launch(settings, model)
     try:
         from thinkserve.server.vllm_render import Renderer
 
         renderer = Renderer(llm, settings, settings.served_name or model.name)
-        backend = VllmBackend(llm, renderer, await llm.get_supported_tasks())
+        backend = VllmBackend(llm, renderer, await llm.get_supported_tasks(), vectors)
         await backend.warm_up()
     except BaseException:
         llm.shutdown(timeout=0)
@@ -58,9 +63,12 @@ async def create(settings: Settings) -> VllmBackend:
 class VllmBackend:
     """One served model. Everything here belongs to the event loop that `create` ran on."""
 
-    def __init__(self, llm: Any, renderer: Renderer, tasks: Any) -> None:
+    def __init__(self, llm: Any, renderer: Renderer, tasks: Any, vectors: VectorRegistry | None) -> None:
+        from thinkserve.server.vllm_launch import STEERING_SLOTS
         from thinkserve.server.vllm_stream import VllmStream, sampling_params
 
+        self.vectors = vectors
+        self._loaded = LoadedVectors(self._call_steering, STEERING_SLOTS)
         self._open: Any = llm
         self._renderer = renderer
         self._tasks = tasks
@@ -73,6 +81,16 @@ class VllmBackend:
         if self._open is None:
             raise EngineDead("The engine has been stopped.")
         return self._open
+
+    @property
+    def guides(self) -> bool:
+        """Whether the model has a budget predictor, so that jobs may carry a Guide."""
+        config = self._llm.vllm_config.additional_config or {}
+        return any("guidance" in parts for parts in config.values())
+
+    @property
+    def _plugged_in(self) -> bool:
+        return bool(self._llm.vllm_config.additional_config)
 
     @property
     def info(self) -> ModelInfo:
@@ -104,13 +122,29 @@ class VllmBackend:
 
     def engine(self, request_id: str, salt: str | None = None) -> VllmEngine:
         """The Engine of one request: engine ids start with `request_id`, prefixes are shared within `salt` only."""
-        return VllmEngine(self, self._renderer, request_id, salt)
+        vectors = None if self.vectors is None else self.vectors.snapshot()
+        return VllmEngine(self, self._renderer, request_id, salt, vectors)
 
-    def open(self, request_id: str, salt: str | None, job: Job, **more: Any) -> AbstractAsyncContextManager[Any]:
+    def open(
+        self, request_id: str, salt: str | None, job: Job, steered: Steered = NOTHING, **more: Any
+    ) -> AbstractAsyncContextManager[Stream]:
         """A stream of `job`, not yet submitted; `more` goes to vLLM's sampling parameters."""
-        params = self._params(job, self.info, **more)
+        if job.stats and not self._plugged_in:
+            raise Unsupported("This server computes no statistics of tokens.", "strategy")
+        asked = {**steered.args(), **guidance(job, self.info, self.guides)}
+        params = self._params(job, self.info, asked, **more)
         engine_id = f"{request_id}-{next(self._serial)}"
-        return self._stream(self._llm, self._tasks, engine_id, job=job, params=params, salt=salt)
+        stream = self._stream(self._llm, self._tasks, engine_id, job=job, params=params, salt=salt)
+        return self._steered(stream, steered) if steered.vectors else stream
+
+    @asynccontextmanager
+    async def _steered(self, stream: AbstractAsyncContextManager[Stream], steered: Steered) -> AsyncIterator[Stream]:
+        async with self._loaded.hold(steered.vectors), stream as opened:
+            yield opened
+
+    async def _call_steering(self, method: str, *args: Any) -> list[Any]:
+        found: list[Any] = await self._llm.collective_rpc("call_part", args=("Steering", method, *args))
+        return found
 
     async def render(
         self,
@@ -152,12 +186,15 @@ class VllmBackend:
         llm.output_handler.cancel()
         with anyio.CancelScope(shield=True):
             await anyio.to_thread.run_sync(lambda: llm.shutdown(timeout=5))
+            with anyio.move_on_after(1):
+                # vLLM has closed its sockets and leaves their context to the garbage collector, which complains.
+                await anyio.to_thread.run_sync(llm.engine_core.resources.ctx.term, abandon_on_cancel=True)
 
 
 class VllmEngine:
     """The Engine of one request."""
 
-    __slots__ = ("_backend", "_id", "_renderer", "_salt")
+    __slots__ = ("_backend", "_id", "_renderer", "_salt", "_vectors")
 
     def __init__(
         self,
@@ -165,11 +202,14 @@ class VllmEngine:
         renderer: Renderer,
         request_id: str,
         salt: str | None,
+        vectors: Vectors | None,
     ) -> None:
         self._backend = backend
         self._renderer = renderer
         self._id = request_id
         self._salt = salt
+        # As they were when the request came: a chain started later must not run under another version.
+        self._vectors = vectors
 
     def info(self, role: Role = "target") -> ModelInfo:
         """Facts about the model of a role. Raises Unsupported for a role other than `target`."""
@@ -193,13 +233,19 @@ class VllmEngine:
 
     def generate(self, job: Job) -> AbstractAsyncContextManager[Stream]:
         """Run a job; leaving the block aborts what is left of it in the engine."""
-        self._need(job.role)
-        return self._backend.open(self._id, self._salt, job)
+        return self._start(job, self._steer(job))
 
     @asynccontextmanager
     async def chain(self, job: Job) -> AsyncIterator[Chain]:
         """Open a chain on the job's prompt, by resubmission: the prefix cache keeps what was computed."""
-        yield ResubmittedChain(self.generate, job, self.info(job.role))
+        yield ResubmittedChain(Continued(self._start, self._steer).generate, job, self.info(job.role))
+
+    def _start(self, job: Job, steered: Steered) -> AbstractAsyncContextManager[Stream]:
+        self._need(job.role)
+        return self._backend.open(self._id, self._salt, job, steered)
+
+    def _steer(self, job: Job, past: Steered = NOTHING) -> Steered:
+        return steering(job, self._renderer.info, self._vectors, past)
 
     async def score(self, prompt: Tokens, candidates: Sequence[Tokens], role: Role) -> list[float]:
         """Log-probability in nats of each candidate after `prompt`, under the model's own distribution.

@@ -19,7 +19,9 @@ from vllm.inputs.engine import tokens_input
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from thinkserve.strategies.engine import Delta, Finish, Job, ModelInfo
+from thinkserve.server.vllm_scheduler import said_of
+from thinkserve.server.vllm_worker import KEY, STATS
+from thinkserve.strategies.engine import Delta, Finish, Job, ModelInfo, TokenStats
 from thinkserve.strategies.errors import (
     BadOptions,
     EngineDead,
@@ -49,12 +51,12 @@ def engine_errors() -> Iterator[None]:
         raise BadOptions(str(error), getattr(error, "parameter", None)) from error
 
 
-def sampling_params(job: Job, info: ModelInfo, **more: Any) -> SamplingParams:
-    """vLLM's parameters of a job. Raises BadOptions for values out of range, TooLong, Unsupported."""
+def sampling_params(job: Job, info: ModelInfo, asked: dict[str, Any], **more: Any) -> SamplingParams:
+    """vLLM's parameters of a job; `asked` is for our worker. Raises BadOptions for values out of range, TooLong."""
     if len(job.prompt) >= info.context:
         raise TooLong(len(job.prompt), info.context)
-    if job.controls:
-        raise Unsupported(f"Unsupported control: {type(job.controls[0]).__name__}")
+    if job.stats:
+        asked = {**asked, STATS: True}
     draw = job.sampling
     with engine_errors():
         return SamplingParams(
@@ -78,6 +80,7 @@ def sampling_params(job: Job, info: ModelInfo, **more: Any) -> SamplingParams:
             flat_logprobs=True,
             output_kind=RequestOutputKind.DELTA,
             skip_clone=True,
+            extra_args={KEY: asked} if asked else None,
             **more,
         )
 
@@ -114,8 +117,8 @@ class VllmStream:
     """A job in the engine: an async context manager, and the stream of its deltas."""
 
     __slots__ = (
-        "_error", "_finish", "_id", "_job", "_left", "_llm", "_logprobs", "_params", "_salt", "_stats", "_tasks",
-        "_tokens", "_top", "_waiter", "cached",
+        "_error", "_finish", "_id", "_job", "_left", "_llm", "_logprobs", "_params", "_said", "_salt", "_stats",
+        "_tasks", "_tokens", "_top", "_waiter", "cached",
     )  # fmt: skip
 
     def __init__(
@@ -137,6 +140,7 @@ class VllmStream:
         self._tokens: list[int] = []
         self._logprobs: list[float] = []
         self._top: list[TopList] = []
+        self._said: list[TokenStats] = []
         self._finish: str | None = None
         self._error: Exception | None = None
         self._left = False
@@ -191,6 +195,8 @@ class VllmStream:
             self.cached = output.num_cached_tokens or 0
             if completion.logprobs is not None:
                 self._take_logprobs(completion.logprobs)
+            if self._job.stats and (row := said_of(output).get(STATS)):
+                self._said.append(TokenStats(*row))
             self._finish = completion.finish_reason
         waiter = self._waiter
         if waiter is not None and not waiter.done():
@@ -227,7 +233,10 @@ class VllmStream:
             self._left = True
         elif self._error is not None and not self._tokens:
             raise EngineDead("The engine is gone.") from self._error
-        delta = Delta(tuple(self._tokens), tuple(self._logprobs), tuple(self._top), finish)
+        if self._job.stats and len(self._said) != len(self._tokens):
+            raise EngineFailed("The engine left out the statistics of a token.")
+        delta = Delta(tuple(self._tokens), tuple(self._logprobs), tuple(self._top), finish, tuple(self._said))
+        self._said.clear()
         self._tokens.clear()
         self._logprobs.clear()
         self._top.clear()

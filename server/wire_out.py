@@ -27,6 +27,7 @@ from thinkserve.server.wire_types import (
     TokenLogprob,
     UsageReport,
 )
+from thinkserve.strategies.controls import Steer
 from thinkserve.strategies.engine import Answer, Event
 
 
@@ -165,7 +166,7 @@ def usage(plan: Plan, counts: Usage, answer: Answer | None) -> UsageReport:
 
 def report(plan: Plan, answer: Answer) -> StrategyReport:
     """The response's `strategy` object."""
-    return {
+    written: StrategyReport = {
         "name": plan.strategy.id,
         "version": plan.strategy.version,
         "preset": plan.preset,
@@ -175,6 +176,12 @@ def report(plan: Plan, answer: Answer) -> StrategyReport:
         "warnings": [*plan.warnings, *answer.warnings],
         "trace_id": plan.request_id,
     }
+    steers = [control for control in plan.controls if isinstance(control, Steer)]
+    if steers:
+        written["steer"] = [
+            {"vector": s.vector, "scale": s.scale, "layers": list(s.layers), "positions": s.positions} for s in steers
+        ]
+    return written
 
 
 def wants_report(plan: Plan, chat: ChatRequest, answer: Answer) -> bool:

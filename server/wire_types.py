@@ -40,6 +40,15 @@ class Decision(TypedDict):
     votes: dict[str, int]
 
 
+class SteerReport(TypedDict):
+    """A steering vector that was added to every chain; no layers: all that the vector has."""
+
+    vector: str
+    scale: float
+    layers: list[int]
+    positions: Literal["generated", "thinking"]
+
+
 class StrategyReport(TypedDict):
     """The strategy at work: effective parameters, decision, warnings."""
 
@@ -51,6 +60,7 @@ class StrategyReport(TypedDict):
     stopped_by: str
     warnings: list[str]
     trace_id: str
+    steer: NotRequired[list[SteerReport]]
 
 
 class Chains(TypedDict):
@@ -211,6 +221,7 @@ class SupportsCard(TypedDict):
     response_format: bool
     logprobs: bool
     seed: bool
+    steer: bool
 
 
 class StrategyCard(TypedDict):

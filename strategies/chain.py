@@ -64,8 +64,11 @@ class ResubmittedChain:
             seed=seed,
             thinking_budget=self._thinking_left(),
             stop_tokens=self._job.stop_tokens + until,
-            controls=self._job.controls if controls is None else controls,
+            controls=self._controls() if controls is None else controls,
         )
+
+    def _controls(self) -> tuple[Control, ...]:
+        return tuple(control.later(len(self._tokens)) for control in self._job.controls)
 
     def _thinking_left(self) -> int | None:
         budget, width = self._job.thinking_budget, len(self._close)

@@ -7,10 +7,12 @@ return. The dropped chain's own task then leaves its `generate` block, which abo
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from anyio import CancelScope, create_task_group
 from anyio.lowlevel import checkpoint
 
+from thinkserve.strategies.confidence import Mean
 from thinkserve.strategies.engine import Delta, Emit, Engine, Event, Finish, Job, Task
 from thinkserve.strategies.errors import EngineDead, EngineFailed, ReasoningError
 from thinkserve.strategies.pieces import Transcript
@@ -24,13 +26,14 @@ class Lane:
     """One chain of a race: what it has written, how far it is, how it ended.
 
     `place` is its position in the order of finishing, (turn, index): chains that finish in the same turn of the event
-    loop finish together, and their index decides.
+    loop finish together, and their index decides. `certainty` is known of chains that ask for statistics.
     """
 
     def __init__(self, index: int, job: Job, transcript: Transcript, live: bool) -> None:
         self.index = index
         self.job = job
         self.transcript = transcript
+        self.certainty = Mean()
         self.finish: Finish | None = None
         self.error: EngineFailed | None = None
         self.place: tuple[int, int] | None = None
@@ -69,6 +72,7 @@ class Lane:
     def push(self, delta: Delta) -> None:
         """Take what the engine wrote."""
         self.transcript.push(delta)
+        self.certainty.extend(each.certainty for each in delta.stats)
         self.finish = delta.finish or self.finish
 
     def summary(self) -> dict[str, object]:
@@ -81,16 +85,18 @@ class Race:
     """The chains of one task. Sampling that is greedy would make them all equal, so then there is only one.
 
     A single chain is live: its pieces go out as they are written. `live` may also be set on the one chain that is left.
+    With `stats` every chain knows its certainty; a single one has none to compare it with.
     """
 
-    def __init__(self, task: Task, engine: Engine, emit: Emit, k: int) -> None:
+    def __init__(self, task: Task, engine: Engine, emit: Emit, k: int, *, stats: bool = False) -> None:
         self.task, self.engine, self.emit = task, engine, emit
         self.warnings: list[str] = []
         if k > 1 and task.sampling.greedy:
             k = 1
             self.warnings.append("greedy sampling makes all chains equal; one chain was run")
         info = engine.info()
-        self.lanes = [Lane(i, task.job(i), Transcript(info, task.phase), live=k == 1) for i in range(k)]
+        jobs = [replace(task.job(i), stats=stats and k > 1) for i in range(k)]
+        self.lanes = [Lane(i, job, Transcript(info, task.phase), live=k == 1) for i, job in enumerate(jobs)]
         self._turn = 0
 
     async def run(self, on_finish: Decide | None = None, on_token: Decide | None = None) -> None:

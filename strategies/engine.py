@@ -62,6 +62,10 @@ class Sampling:
 class Control:
     """Base of the data that changes decoding inside the engine (steering, budget guidance); subclasses are frozen."""
 
+    def later(self, written: int) -> Control:
+        """The same control for a job that goes on where `written` tokens of this one have been written."""
+        return self
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -70,7 +74,7 @@ class Job:
     `max_tokens` counts new tokens. `thinking_budget` caps the thinking tokens of this job: the engine forces the end
     of thinking when it is reached (None: no cap). `stop` strings and `stop_tokens` end the job wherever they occur and
     stay in the tokens. `logprobs` is the number of alternatives per token (0: the sampled token's log-probability only;
-    None: no log-probabilities at all).
+    None: no log-probabilities at all). `stats` asks for a TokenStats per token.
     """
 
     prompt: Tokens
@@ -83,11 +87,27 @@ class Job:
     role: Role = "target"
     controls: tuple[Control, ...] = ()
     logprobs: int | None = None
+    stats: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStats:
+    """What the raw logits z of one step say, before temperature, penalties and masks; all in nats.
+
+    `certainty` = logsumexp(z) - mean(z) - ln V (self-certainty, arXiv:2502.18581), 0 for uniform logits; `entropy` of
+    softmax(z); `margin` between the two largest logits; `close` = z[end of thinking] - max of all others, -inf for a
+    model that does not mark its thinking.
+    """
+
+    certainty: float
+    entropy: float
+    margin: float
+    close: float
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What the engine produced since the last delta; `logprobs` and `top` run parallel to `tokens` (nats).
+    """What the engine produced since the last delta; `logprobs`, `top` and `stats` run parallel to `tokens` (nats).
 
     `top[i]` holds (token id, logprob) pairs, best first, when the job asked for alternatives. `finish` is set on the
     last delta of a stream and only there; that delta may hold no tokens.
@@ -97,6 +117,7 @@ class Delta:
     logprobs: tuple[float, ...] = ()
     top: tuple[tuple[tuple[int, float], ...], ...] = ()
     finish: Finish | None = None
+    stats: tuple[TokenStats, ...] = ()
 
 
 class Stream(Protocol):

@@ -17,11 +17,12 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from thinkserve.strategies.engine import Answer, Emit, Engine, Role, Task
+from thinkserve.strategies.engine import Answer, Control, Emit, Engine, Role, Task
 from thinkserve.strategies.errors import UnknownStrategy
 
 GROUP = "thinkserve.strategies"
 StreamMode = Literal["winner", "leader", "none"]
+Need = Literal["steering"]
 
 
 class Options(BaseModel):
@@ -32,6 +33,10 @@ class Options(BaseModel):
     def chains(self) -> int:
         """How many chains may run at once with these options: the weight used for admission."""
         return 1
+
+    def controls(self) -> tuple[Control, ...]:
+        """Controls that the strategy will put on jobs with these options: checked before the request is admitted."""
+        return ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +58,10 @@ class Run(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
-    """A registered strategy: its slug, its wire name for people, its options model and its coroutine."""
+    """A registered strategy: its slug, its wire name for people, its options model and its coroutine.
+
+    `needs` are abilities of the engine beyond the models of its roles.
+    """
 
     id: str
     title: str
@@ -65,6 +73,12 @@ class Strategy:
     aliases: tuple[str, ...] = ()
     roles: tuple[Role, ...] = ("target",)
     supports: Supports = Supports()
+    needs: tuple[Need, ...] = ()
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """What holds for parameters that are left out, as JSON; required ones are not in it."""
+        return self.options.model_construct().model_dump(mode="json")
 
 
 _strategies: dict[str, Strategy] = {}
@@ -80,6 +94,7 @@ def strategy(
     aliases: tuple[str, ...] = (),
     roles: tuple[Role, ...] = ("target",),
     supports: Supports = Supports(),
+    needs: tuple[Need, ...] = (),
 ) -> Callable[[R], R]:
     """Register the decorated `run`; the first line of its docstring is the summary. ValueError on a bad or taken id."""
     if not re.fullmatch(r"[a-z][a-z0-9-]{0,31}", id):
@@ -87,7 +102,7 @@ def strategy(
 
     def register(run: R) -> R:
         summary = (run.__doc__ or "").strip().split("\n")[0]
-        entry = Strategy(id, title or id, summary, options, run, reference, "1", aliases, roles, supports)
+        entry = Strategy(id, title or id, summary, options, run, reference, "1", aliases, roles, supports, needs)
         for name in (id, *aliases):
             known = _strategies.get(name)
             if known is not None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from thinkserve.strategies.chains import Lane, Race
 from thinkserve.strategies.engine import Answer, Event, Finish, Piece, StoppedBy, Tokens
 from thinkserve.strategies.text import answer_of
-from thinkserve.strategies.voting import Ballot, vote
+from thinkserve.strategies.voting import Ballot, Verdict, vote
 
 FORCED_TOKENS = 1024
 FORCED = "no chain finished thinking within its tokens; an answer was forced from the longest"
@@ -16,21 +16,42 @@ _CUT: frozenset[Finish | None] = frozenset({"ceiling", "deadline"})
 
 
 @dataclass(frozen=True, slots=True)
-class _Choice:
+class Choice:
+    """The chain that gives the answer, why, and the votes if there was a vote."""
+
     lane: Lane
     reason: str
     votes: Mapping[str, int] = field(default_factory=dict[str, int])
 
 
-async def settle(race: Race, members: Sequence[Lane], wanted: int) -> Answer:
-    """Decide by vote of `members` (of `wanted`), emit the winner's pieces, and say why.
+Choose = Callable[[Race, Sequence[Lane]], Awaitable[Choice]]
 
-    Without members, chains whose answer was cut short vote; without such, the longest chain is made to answer.
+
+async def by_vote(race: Race, voters: Sequence[Lane], weights: Mapping[int, float] = {}) -> Choice:
+    """The answer with most votes; `weights` says what the vote of a chain (by index) counts, otherwise 1."""
+    verdict = await vote([_ballot(race, lane, weights.get(lane.index, 1.0)) for lane in voters])
+    told: dict[str, object] = {"votes": dict(verdict.votes), "voters": [lane.index for lane in voters]}
+    await race.emit(Event("vote", None, told | ({"weights": dict(verdict.weights)} if weights else {})))
+    return Choice(race.lanes[verdict.winner.index], _reason(verdict, len(voters), bool(weights)), verdict.votes)
+
+
+def _reason(verdict: Verdict, voters: int, weighted: bool) -> str:
+    if not verdict.votes:
+        return f"no answer to compare; the {'weightiest' if weighted else 'shortest'} chain"
+    votes, weight = next(iter(verdict.votes.values())), next(iter(verdict.weights.values()))
+    by_weight = f", by weight {weight:.3f} of {sum(verdict.weights.values()):.3f}" if weighted else ""
+    return f"{votes} of {voters} votes{by_weight}"
+
+
+async def settle(race: Race, members: Sequence[Lane], wanted: int, choose: Choose = by_vote) -> Answer:
+    """Let `choose` decide among `members` (of `wanted`), emit the winner's pieces, and say why.
+
+    Without members, it decides among chains whose answer was cut short; without such, the longest is made to answer.
     """
     voters = members or [lane for lane in race.left() if lane.transcript.answer]
     if not voters and (room := _room(race)):
         return await _force(race, _longest(race), room)
-    choice = await _choose(race, voters)
+    choice = await _choose(race, voters, choose)
     winner = choice.lane
     if len(race.lanes) > 1:
         await race.emit(Event("winner", winner.index, {"reason": choice.reason}))
@@ -47,21 +68,16 @@ async def settle(race: Race, members: Sequence[Lane], wanted: int) -> Answer:
     )
 
 
-async def _choose(race: Race, voters: Sequence[Lane]) -> _Choice:
+async def _choose(race: Race, voters: Sequence[Lane], choose: Choose) -> Choice:
     if len(race.lanes) == 1:
-        return _Choice(race.lanes[0], "the only chain")
+        return Choice(race.lanes[0], "the only chain")
     if not voters:
-        return _Choice(_longest(race), "no chain finished; the longest as far as it came")
-    verdict = await vote([_ballot(race, lane) for lane in voters])
-    await race.emit(Event("vote", None, {"votes": dict(verdict.votes), "voters": [lane.index for lane in voters]}))
-    winner = verdict.winner
-    count = verdict.votes.get(winner.answer or "", 0)
-    reason = f"{count} of {len(voters)} votes" if count else "no answer to compare; the shortest chain"
-    return _Choice(race.lanes[winner.index], reason, verdict.votes)
+        return Choice(_longest(race), "no chain finished; the longest as far as it came")
+    return await choose(race, voters)
 
 
-def _ballot(race: Race, lane: Lane) -> Ballot:
-    return Ballot(lane.index, lane.length, answer_of(race.engine.decode(lane.transcript.answer)))
+def _ballot(race: Race, lane: Lane, weight: float) -> Ballot:
+    return Ballot(lane.index, lane.length, answer_of(race.engine.decode(lane.transcript.answer)), weight)
 
 
 async def _force(race: Race, lane: Lane, room: int) -> Answer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from thinkserve.strategies.engine import Answer, Emit, Engine, Event, Finish, StoppedBy, Task
+from thinkserve.strategies.engine import Answer, Emit, Engine, Event, Finish, Job, Phase, StoppedBy, Task
 from thinkserve.strategies.pieces import Transcript
 from thinkserve.strategies.registry import Options, strategy
 
@@ -14,10 +14,15 @@ class SingleOptions(Options):
 @strategy("single", options=SingleOptions)
 async def run(task: Task, engine: Engine, emit: Emit, options: SingleOptions) -> Answer:
     """One chain, streamed as it is written."""
-    transcript = Transcript(engine.info(), task.phase)
+    return await stream_chain(task.job(), task.phase, engine, emit)
+
+
+async def stream_chain(job: Job, phase: Phase | None, engine: Engine, emit: Emit) -> Answer:
+    """Run a job as chain 0, every delta emitted at once; for all strategies of one chain."""
+    transcript = Transcript(engine.info(), phase)
     finish: Finish = "stop"
     await emit(Event("chain.started", 0))
-    async with engine.generate(task.job()) as stream:
+    async with engine.generate(job) as stream:
         async for delta in stream:
             finish = delta.finish or finish
             transcript.push(delta)

@@ -35,8 +35,15 @@ from thinkserve.strategies.engine import (
     Tokens,
 )
 from thinkserve.strategies.errors import EngineFailed, Unsupported
-from thinkserve.strategies.registry import get
-from thinkserve.strategies.scripted import FIRST_BYTE, ScriptedStream, byte_tokens, text_bytes
+from thinkserve.strategies.registry import Options, Strategy, get
+from thinkserve.strategies.scripted import (
+    FIRST_BYTE,
+    ScriptedStats,
+    ScriptedStream,
+    byte_tokens,
+    plain_stats,
+    text_bytes,
+)
 
 SCRIPTED = ModelInfo(
     "scripted", context=1 << 20, vocab_size=FIRST_BYTE + 256, eos=(0,), think_open=(1,), think_close=(2,)
@@ -55,7 +62,7 @@ class ScriptedEngine:
     `fail[i] = (n, error)` raises `error` in place of token n of job i. `pace[i]` is how many steps a token of job i
     takes, `tick` how many seconds a step, `burst` how many tokens a step gives. `ceiling` and `deadline` end every
     stream after that many tokens in all or steps. `overrun` tokens are still sampled for a job that is aborted.
-    `scores` maps a candidate's text to its score (others: 0).
+    `scores` maps a candidate's text to its score (others: 0). `stats(i, n)` are the statistics of token n of script i.
     """
 
     def __init__(
@@ -72,10 +79,11 @@ class ScriptedEngine:
         deadline: int | None = None,
         overrun: int = 0,
         scores: Mapping[str, float] = {},
+        stats: ScriptedStats = plain_stats,
     ) -> None:
         self._scripts, self._info, self._roles, self._fail, self._pace = scripts, info, roles, fail, pace
         self._tick, self._burst, self._ceiling, self._deadline, self._overrun = tick, burst, ceiling, deadline, overrun
-        self._scores = scores
+        self._scores, self._stats = scores, stats
         self._indices = 0
         self.steps = 0
         self.history: list[ScriptedStream] = []
@@ -167,7 +175,7 @@ class ScriptedEngine:
         if index is None:
             index = origin.index if origin else self._take_index()
         stream = ScriptedStream(self, self._info, job, self._script(job, index), index=index, origin=origin)
-        stream.failure = self._fail.get(index)
+        stream.failure, stream.stats = self._fail.get(index), self._stats
         self.history.append(stream)
         self.live.append(stream)
         try:
@@ -229,6 +237,12 @@ class Recorder:
     def tokens_of(self, phase: Phase) -> Tokens:
         """The tokens of one phase."""
         return tuple(token for piece in self.pieces if piece.phase == phase for token in piece.tokens)
+
+
+def example(entry: Strategy, **given: Any) -> Options:
+    """Options that a strategy runs with: `given`, of fields that name examples their first, else defaults."""
+    fields = entry.options.model_fields.items()
+    return entry.options(**{name: field.examples[0] for name, field in fields if field.examples} | given)
 
 
 async def play(name: str, engine: Engine, task: Task, **options: Any) -> tuple[Answer, Recorder]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
+from math import fsum
 
 from thinkserve.strategies.equivalence import shared
 
@@ -12,11 +13,15 @@ Equal = Callable[[str, str], Awaitable[bool]]
 
 @dataclass(frozen=True, slots=True)
 class Ballot:
-    """What one chain says: its sample index, its thinking length in tokens, its answer (None: none to be found)."""
+    """What one chain says: its sample index, its thinking length in tokens, its answer (None: none to be found).
+
+    `weight` is what its vote counts, >= 0.
+    """
 
     index: int
     length: int
     answer: str | None
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,30 +32,44 @@ class Group:
 
     @property
     def shortest(self) -> Ballot:
-        """The ballot that stands for the group."""
+        """The ballot that names the group."""
         return self.ballots[0]
+
+    @property
+    def weight(self) -> float:
+        """What the votes of all members count."""
+        return fsum(ballot.weight for ballot in self.ballots)
+
+    @property
+    def winner(self) -> Ballot:
+        """The ballot that stands for the group: the weightiest, of equal ones the shortest."""
+        return min(self.ballots, key=lambda ballot: (-ballot.weight, *_rank(ballot)))
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The chain that won, and the votes of every answer (as its shortest chain wrote it), most votes first."""
+    """The chain that won, and votes and weight of every answer (as its shortest chain wrote it), weightiest first."""
 
     winner: Ballot
     votes: Mapping[str, int]
+    weights: Mapping[str, float]
 
 
 async def vote(ballots: Iterable[Ballot], equal: Equal | None = None) -> Verdict:
-    """The shortest member of the largest group; of equally large groups the one with the shortest member.
+    """The weightiest, then shortest member of the weightiest group.
 
-    A ballot without an answer has no vote; when all are without, the shortest wins. ValueError without ballots.
+    Of equal groups the one with more members wins, then the one with the shortest. A ballot without an answer has no
+    vote; when all are without, the weightiest, then shortest wins. ValueError without ballots.
     """
     ordered = sorted(ballots, key=_rank)
     if not ordered:
         raise ValueError("a vote needs at least one ballot")
     groups = await cluster(ordered, equal or shared().patient())
-    groups.sort(key=lambda group: (-len(group.ballots), _rank(group.shortest)))
-    winner = groups[0].shortest if groups else ordered[0]
-    return Verdict(winner, {group.shortest.answer or "": len(group.ballots) for group in groups})
+    groups.sort(key=lambda group: (-group.weight, -len(group.ballots), _rank(group.shortest)))
+    winner = (groups[0] if groups else Group(tuple(ordered))).winner
+    named = {group.shortest.answer or "": group for group in groups}
+    votes = {answer: len(group.ballots) for answer, group in named.items()}
+    return Verdict(winner, votes, {answer: group.weight for answer, group in named.items()})
 
 
 async def cluster(ballots: Iterable[Ballot], equal: Equal) -> list[Group]:

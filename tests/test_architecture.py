@@ -10,26 +10,32 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("server", "strategies", "kernels", "train")
+PACKAGES = ("server", "strategies", "steering", "guidance", "kernels", "train")
 SHIPPED = sorted(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
 OURS = SHIPPED + sorted(file for folder in ("tests", "bench") for file in (ROOT / folder).rglob("*.py"))
 
 # What each package may import besides the standard library and itself. server: everything the wheel depends on.
 ALLOWED = {
     "server": {
-        "thinkserve.strategies", "anyio", "fastapi", "h11", "pydantic", "pydantic_core", "pydantic_settings",
-        "prometheus_client", "rich", "starlette", "tokenizers", "huggingface_hub", "typer", "typing_extensions",
-        "uvicorn", "uvloop", "yaml",
+        "thinkserve.strategies", "thinkserve.steering", "anyio", "fastapi", "h11", "pydantic", "pydantic_core",
+        "pydantic_settings", "prometheus_client", "rich", "starlette", "tokenizers", "huggingface_hub", "typer",
+        "typing_extensions", "uvicorn", "uvloop", "yaml",
     },
     "strategies": {"anyio", "pydantic", "pydantic_core"},
+    "steering": {"torch", "transformers"},
+    "guidance": {"torch", "transformers", "safetensors", "thinkserve.steering", "thinkserve.train"},
     "kernels": {"torch", "triton"},
     "train": {"torch", "transformers", "tokenizers", "safetensors", "numpy", "rich", "typer", "thinkserve.strategies"},
 }  # fmt: skip
-# Single files that may import more: the engine's adapter, the killable worker that knows mathematics, evaluation.
+# Single files that may import more: the engine's adapter, the killable worker that knows mathematics, evaluation,
+# and the problems with exact answers that steering vectors are made from on request.
 ALLOWED_TO = {
-    "server/vllm_": {"vllm", "torch", "transformers"},
-    "server/vllm_worker.py": {"thinkserve.kernels"},
+    "server/vllm_": {"vllm", "torch", "transformers", "numpy"},
+    "server/vllm_guidance.py": {"thinkserve.guidance"},
+    "server/cli_budget.py": {"torch", "thinkserve.guidance"},
+    "server/vllm_worker": {"thinkserve.kernels", "thinkserve.guidance"},
     "train/vllm_sample.py": {"vllm"},
+    "steering/questions.py": {"thinkserve.train"},
     "strategies/math_worker.py": {"math_verify", "latex2sympy2_extended", "sympy"},
 }
 # Bottom modules import nothing of ours.

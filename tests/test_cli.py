@@ -53,14 +53,14 @@ def test_the_command_explains_itself() -> None:
     expected = command("--help")
 
     assert expected == command()
-    assert all(name in expected[1] for name in ("serve", "check", "strategies", "openapi", "config"))
+    assert all(name in expected[1] for name in ("serve", "check", "strategies", "vectors", "openapi", "config"))
     assert (0, "") == (expected[0], expected[2])
 
 
 def test_every_setting_is_an_option_except_secrets_and_nested_ones() -> None:
     """`serve --help` names them all, with their descriptions."""
     status, out, _ = command("serve", "--help")
-    no_option = {"model", "api_keys", "presets", "effort_map"}
+    no_option = {"model", "admin_keys", "api_keys", "presets", "effort_map"}
     options = {name for name in Settings.model_fields if f"--{name.replace('_', '-')} " in out}
 
     assert status == 0
@@ -210,7 +210,12 @@ def test_the_question_to_copy_survives_a_shell() -> None:
 
 @pytest.mark.parametrize(
     ("host", "expected"),
-    [("127.0.0.1", "http://127.0.0.1:8"), ("0.0.0.0", "http://127.0.0.1:8"), ("::", "http://[::1]:8"), ("h", "http://h:8")],
+    [
+        ("127.0.0.1", "http://127.0.0.1:8"),
+        ("0.0.0.0", "http://127.0.0.1:8"),
+        ("::", "http://[::1]:8"),
+        ("h", "http://h:8"),
+    ],
 )
 def test_the_address_shown_can_be_opened(host: str, expected: str) -> None:
     """A server that listens everywhere is reached at the loopback address."""

@@ -17,7 +17,7 @@ from thinkserve.server.protocol import ChatRequest, parse_chat
 from thinkserve.server.settings import Settings
 from thinkserve.server.testing import ScriptedBackend
 from thinkserve.strategies import registry
-from thinkserve.strategies.testing import ScriptedEngine
+from thinkserve.strategies.testing import ScriptedEngine, example
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "openapi.yaml"
 USER = {"role": "user", "content": "1+1"}
@@ -79,7 +79,7 @@ def test_the_request_knows_every_strategy_with_its_parameters(built: dict[str, A
     for name in registry.names():
         entry = registry.get(name)
         for called in (name, *entry.aliases):
-            params = entry.options().model_dump(mode="json")
+            params = example(entry).model_dump(mode="json")
             body = {"model": "m", "messages": [USER], "strategy": {"name": called, "params": params}}
             assert chat.is_valid(body)
             assert not chat.is_valid({**body, "strategy": {"name": called, "params": {"zzz": 1}}})

@@ -15,7 +15,7 @@ import pytest
 from thinkserve.server import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("server", "strategies", "kernels", "train", "models")
+FOLDERS = ("server", "strategies", "steering", "guidance", "kernels", "train", "models")
 MODELS_MB = 40
 
 

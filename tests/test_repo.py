@@ -95,7 +95,7 @@ def test_type_checkers_find_the_packages_by_links() -> None:
     """typings/thinkserve/<package> leads to the folder of that name."""
     links = {link.name: link.resolve() for link in (ROOT / "typings/thinkserve").iterdir()}
 
-    assert {name: ROOT / name for name in ("kernels", "server", "strategies", "train")} == links
+    assert {name: ROOT / name for name in ("guidance", "kernels", "server", "steering", "strategies", "train")} == links
 
 
 def test_the_changelog_keeps_its_form() -> None:

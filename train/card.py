@@ -101,7 +101,7 @@ def write_card(folder: Path, shape: Shape, log: dict[str, Any], report: dict[str
         vocabulary=shape.vocabulary,
         parameters=report["parameters"],
         tokens=sum(stage["tokens"] for stage in stages(log)),
-        training="\n  Then, on the mixture as it is now: ".join(map(told, stages(log))),
+        training="\n  Then, on a later mixture: ".join(map(told, stages(log))),
         n=medium["problems"],
         rows="\n".join(f"| {k} | {v['value']:.3f} | {v['low']:.3f} .. {v['high']:.3f} |" for k, v in measures.items()),
         mean_tokens=medium["mean_tokens"],

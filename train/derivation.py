@@ -144,6 +144,11 @@ class Swaps:
         return self._holds[self._asked]
 
     @property
+    def found(self) -> str:
+        """The person asked about and what they hold: the last look-up, made visible."""
+        return f"{self._asked} {self.value}"
+
+    @property
     def state(self) -> str:
         """Everybody and what they hold."""
         return ", ".join(f"{p} {o}" for p, o in self._holds.items())

@@ -20,7 +20,7 @@ Level = Literal["easy", "medium", "hard"]
 Split = Literal["train", "eval"]
 KINDS: tuple[Kind, ...] = ("chain", "expression", "swaps")
 EVAL_SHARE = 16  # one question in sixteen belongs to evaluation
-LIMITS: dict[Level, int] = {"easy": 99, "medium": 299, "hard": 999}  # values stay within 0 and this
+LIMITS: dict[Level, int] = {"easy": 99, "medium": 999, "hard": 999}  # values stay within 0 and this
 
 OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 VERBS = {"+": "Add", "-": "Subtract", "*": "Multiply by"}

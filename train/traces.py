@@ -39,7 +39,8 @@ WRONG_AGAIN = 0.97  # how likely a wrong result is verified: doubt is not blind
 class Habits:
     """Probabilities of the trace writer; `catch` is how often a slip is noticed at once.
 
-    `again` is the first verification of a result; each further one is `again_fade` times as likely as the last.
+    `again` is how likely the first, second, ... verification of a right result is; the last value stays. A greedy
+    reader goes on while it is above one half.
     `hurry` is how often, at a step, a verbose trace goes on in the concise style.
     """
 
@@ -47,14 +48,13 @@ class Habits:
     catch: float = 0.65
     check_easy: float = 0.05
     check_hard: float = 0.2
-    again: float = 0.85
-    again_fade: float = 0.95
+    again: tuple[float, ...] = (0.95, 0.9, 0.85, 0.75, 0.3, 0.1)
     again_slip: float = 0.03
     hurry: float = 0.03
 
 
 DEFAULT = Habits()
-CAREFUL = Habits(slip=0.0, check_easy=0.0, check_hard=0.0, again=0.0, again_slip=0.0, hurry=0.0)
+CAREFUL = Habits(slip=0.0, check_easy=0.0, check_hard=0.0, again=(0.0,), again_slip=0.0, hurry=0.0)
 
 
 class TraceWriter:
@@ -121,14 +121,16 @@ class TraceWriter:
     def conclude(self) -> None:
         """State the answer; then verify, again and again, as such models do."""
         answer = self.work.value
-        self.say(f"So the answer is {answer}." if self.style == "verbose" else f"Answer: {answer}")
-        rate = self.habits.again
-        while self.style == "verbose" and self.rng.random() < self.doubt(answer, rate):
+        found = f"{self.work.found}. " if isinstance(self.work, Swaps) else ""
+        self.say(f"{found}So the answer is {answer}." if self.style == "verbose" else f"{found}Answer: {answer}")
+        done = 0
+        while self.style == "verbose" and self.rng.random() < self.doubt(answer, done):
             answer = self.verify(answer)
-            rate *= self.habits.again_fade
+            done += 1
 
-    def doubt(self, answer: str, rate: float) -> float:
-        """How likely a result is verified (once more); a writer that never verifies does not doubt wrong results."""
+    def doubt(self, answer: str, done: int) -> float:
+        """How likely a result is verified once more; a writer that never verifies does not doubt wrong results."""
+        rate = self.habits.again[min(done, len(self.habits.again) - 1)]
         return max(rate, WRONG_AGAIN) if rate and answer != self.problem.answer else rate
 
     def verify(self, answer: str) -> str:
@@ -142,7 +144,8 @@ class TraceWriter:
         self.work = derive(self.problem)
         for _ in range(self.work.length):
             self.say(f"{self.work.advance(self.rng).full}.")
-        self.say(f"So the answer is {self.work.value}.")
+        found = f"{self.work.found}. " if isinstance(self.work, Swaps) else ""
+        self.say(f"{found}So the answer is {self.work.value}.")
         return self.work.value
 
     def pass_through(self, slip_rate: float) -> str:
@@ -153,7 +156,7 @@ class TraceWriter:
             step = self.work.advance(self.rng, slip)
             self.spans.append((("\n\n" if index == 0 else "; ") + step.given, True))
             self.spans.append((step.result, not slip))
-        self.spans.append((".", True))
+        self.spans.append((f". {self.work.found}." if isinstance(self.work, Swaps) else ".", True))
         return self.work.value
 
 

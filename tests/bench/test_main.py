@@ -7,7 +7,8 @@ from pathlib import Path
 from bench.harness import Options
 from bench.main import Bench
 
-OPTIONS = Options(model="tiny", problems=3, drift_problems=2, chat_levels=(1,), chat_rounds=3, startups=1)
+MODEL = Path(__file__).resolve().parents[2] / "models" / "arith-small"
+OPTIONS = Options(model=str(MODEL), problems=3, drift_problems=2, chat_levels=(1,), chat_rounds=3, startups=1)
 
 
 def test_servers_take_turns(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from thinkserve.server.translate import served_name
 from thinkserve.server.wire_types import ModelList, StrategyList
 from thinkserve.strategies import registry
 from thinkserve.strategies.engine import ModelInfo
-from thinkserve.strategies.testing import ScriptedEngine
+from thinkserve.strategies.testing import ScriptedEngine, example
 
 THINKER = ModelInfo("models/arith", context=4096, vocab_size=512, eos=(0,), think_open=(1,), think_close=(2,))
 PLAIN = ModelInfo("arith", context=4096, vocab_size=512, eos=(0,))
@@ -91,8 +91,10 @@ def test_defaults_satisfy_the_published_schema(name: str) -> None:
     """The schema is a valid one, and what a client sees as default would be accepted."""
     card = discovery.strategy(Serving(), name)
     Draft202012Validator.check_schema(card["params_schema"])
-    Draft202012Validator(card["params_schema"]).validate(card["defaults"])
-    assert checked(registry.get(name), card["defaults"]).model_dump(mode="json") == card["defaults"]
+    given = {**example(registry.get(name)).model_dump(mode="json"), **card["defaults"]}
+    Draft202012Validator(card["params_schema"]).validate(given)
+    assert checked(registry.get(name), given).model_dump(mode="json") == given
+    assert set(given) - set(card["defaults"]) == set(card["params_schema"].get("required", ()))
 
 
 @pytest.mark.parametrize("name", registry.names())
@@ -102,10 +104,11 @@ def test_published_limits_are_the_enforced_limits(name: str) -> None:
     schema = Draft202012Validator(card["params_schema"])
     for field_name, limit in card["limits"].items():
         if field_name != "chains":
-            assert schema.is_valid({field_name: limit})
-            assert not schema.is_valid({field_name: limit + 1})
+            given = example(entry).model_dump(mode="json")
+            assert schema.is_valid({**given, field_name: limit})
+            assert not schema.is_valid({**given, field_name: limit + 1})
             with pytest.raises(ApiError) as caught:
-                checked(entry, {field_name: limit + 1})
+                checked(entry, {**given, field_name: limit + 1})
             assert caught.value.param == f"strategy.params.{field_name}"
 
 

@@ -20,6 +20,7 @@ from thinkserve.server.plan import Plan, Rendered
 from thinkserve.server.protocol import REFUSED, ChatRequest, parse_chat
 from thinkserve.server.settings import Settings
 from thinkserve.server.translate import check_roles, check_supports, to_plan, to_stream_mode
+from thinkserve.server.vectors import VectorRegistry
 from thinkserve.strategies import registry
 from thinkserve.strategies.engine import Engine, ModelInfo, Phase, Sampling
 from thinkserve.strategies.errors import BadOptions, ReasoningError
@@ -39,6 +40,7 @@ class FakeBackend:
     defaults: Sampling = DEFAULTS
     kv_tokens: int = 65536
     alive: bool = True
+    vectors: VectorRegistry | None = None
     obedient: bool = True
     seen: list[Mapping[str, Any]] = field(default_factory=list)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from thinkserve.strategies.controls import Guide, Steer
 from thinkserve.strategies.engine import Chain, Job, Tokens
 from thinkserve.strategies.testing import ScriptedEngine
 
@@ -79,6 +80,19 @@ async def test_a_thinking_budget_spans_segments() -> None:
         await advance(chain, 99)
 
     assert engine.encode("think</think>answer<eos>") == chain.tokens
+
+
+async def test_guidance_aims_at_what_is_left_of_its_budget() -> None:
+    """Each segment is guided to the budget less what was written; steering stays as it is."""
+    engine = ScriptedEngine(["one two three"])
+    steer = Steer("brief", 0.5)
+
+    async with engine.chain(Job(engine.encode("q"), 99, seed=1, controls=(Guide(10), steer))) as chain:
+        for _ in range(3):
+            await advance(chain, 4)
+
+    assert [(Guide(10), steer), (Guide(6), steer), (Guide(2), steer)] == [s.job.controls for s in engine.history]
+    assert Guide(1) == Guide(3).later(7)
 
 
 async def test_segments_draw_different_random_numbers() -> None:

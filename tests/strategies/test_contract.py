@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import anyio
@@ -31,11 +32,13 @@ from thinkserve.strategies.engine import (
     Stream,
     Task,
     Tokens,
+    TokenStats,
 )
 from thinkserve.strategies.errors import EngineDead, EngineFailed
 from thinkserve.strategies.pieces import Transcript
 from thinkserve.strategies.registry import Options, Strategy
-from thinkserve.strategies.testing import Recorder, ScriptedEngine
+from thinkserve.strategies.scripted import plain_stats
+from thinkserve.strategies.testing import Recorder, ScriptedEngine, example
 
 EVERY = pytest.mark.parametrize("name", registry.names())
 ANSWERS = [r"It is \boxed{4}.", r"\boxed{04}", "so 5", "no idea", ""]
@@ -44,7 +47,7 @@ ANSWERS = [r"It is \boxed{4}.", r"\boxed{04}", "so 5", "no idea", ""]
 @st.composite
 def scripts(draw: st.DrawFn) -> str:
     """Thinking that closes or goes on for ever, then some answer."""
-    thinking = "t" * draw(st.integers(0, 30))
+    thinking = draw(st.sampled_from(["t", "t", "t. "])) * draw(st.integers(0, 30))
     return draw(st.sampled_from([f"{thinking}</think>{answer}" for answer in ANSWERS] + [thinking, "t" * 500]))
 
 
@@ -70,7 +73,12 @@ def engines(draw: st.DrawFn) -> Callable[[], ScriptedEngine]:
     texts = draw(st.lists(scripts(), min_size=1, max_size=5))
     pace = draw(st.dictionaries(st.integers(0, 4), st.integers(1, 3), max_size=2))
     burst, overrun = draw(st.integers(1, 3)), draw(st.integers(0, 2))
-    return lambda: ScriptedEngine(texts, roles=ROLES, pace=pace, burst=burst, overrun=overrun)
+    return lambda: ScriptedEngine(texts, roles=ROLES, pace=pace, burst=burst, overrun=overrun, stats=unsettled)
+
+
+def unsettled(index: int, place: int) -> TokenStats:
+    """Certainties and margins that go up and down; now and then closing is the best step."""
+    return replace(plain_stats(index, place), close=1.0 if (3 * index + place) % 7 == 0 else -2.0)
 
 
 ROLES: tuple[Role, ...] = ("target", "guide", "reward", "verifier")
@@ -84,9 +92,10 @@ def options_of(entry: Strategy, draw: st.DataObject) -> Options:
         "k": k,
         "m": draw.draw(st.integers(1, k), "m"),
         "mode": draw.draw(st.sampled_from(["wall-clock", "length-exact"])),
+        "lead_in": "",  # words of the strategy's own would not be the model's
     }
     modes = {"mode"} if "wall-clock" in str(fields.get("mode")) else set()
-    return entry.options(**{name: given[name] for name in {"k", "m", *modes} & set(fields)})
+    return example(entry, **{name: given[name] for name in {"k", "m", "lead_in", *modes} & set(fields)})
 
 
 class Meter:
@@ -268,11 +277,11 @@ def test_limits_of_the_request_end_it_in_good_order(name: str, limit: str, at: i
     entry = registry.get(name)
     engine = ScriptedEngine(["t" * 90 + "</think>1", "t" * 95], roles=ROLES, **{limit: at})  # type: ignore[arg-type]
 
-    answer, _ = run(entry, Task(engine.encode("q<think>"), 99), engine, entry.options())
+    answer, _ = run(entry, Task(engine.encode("q<think>"), 99), engine, example(entry))
 
     assert (limit, limit) == (answer.finish, answer.stopped_by)
     assert [] == engine.live
-    assert engine.generated <= (at if limit == "ceiling" else at * entry.options().chains())
+    assert engine.generated <= (at if limit == "ceiling" else at * example(entry).chains())
 
 
 def cancel_after(name: str, count: int, where: str) -> tuple[bool, ScriptedEngine, Meter]:
@@ -296,7 +305,7 @@ def cancel_after(name: str, count: int, where: str) -> tuple[bool, ScriptedEngin
                 await anyio.lowlevel.checkpoint()
 
             meter = Meter(engine, tick if where == "delta" else lambda: None)
-            await entry.run(Task(engine.encode("q<think>"), 40), meter, emit, entry.options())
+            await entry.run(Task(engine.encode("q<think>"), 40), meter, emit, example(entry))
         return scope.cancelled_caught, meter
 
     cancelled, meter = anyio.run(go)
@@ -340,7 +349,7 @@ def test_when_all_chains_fail_the_request_fails(name: str) -> None:
     engine = ScriptedEngine(["t" * 90], roles=ROLES, fail={i: (i % 3, EngineFailed("lost")) for i in range(64)})
 
     with pytest.raises(EngineFailed, match="lost"):
-        run(entry, Task(engine.encode("q<think>"), 60), engine, entry.options())
+        run(entry, Task(engine.encode("q<think>"), 60), engine, example(entry))
 
     assert [] == engine.live
 
@@ -356,7 +365,7 @@ def test_a_broken_emit_ends_the_request(name: str, share: float) -> None:
 
     whole, engine = Recorder(), fresh()
     task = Task(engine.encode("q<think>"), 99)
-    anyio.run(entry.run, task, fresh(), whole, entry.options())
+    anyio.run(entry.run, task, fresh(), whole, example(entry))
     left = round(share * (len(whole.pieces) + len(whole.events) - 1))
 
     async def emit(item: Piece | Event) -> None:
@@ -366,7 +375,7 @@ def test_a_broken_emit_ends_the_request(name: str, share: float) -> None:
             raise anyio.BrokenResourceError
 
     with pytest.raises(anyio.BrokenResourceError):
-        anyio.run(entry.run, task, engine, emit, entry.options())
+        anyio.run(entry.run, task, engine, emit, example(entry))
     assert [] == engine.live
 
 
@@ -377,6 +386,6 @@ def test_a_strategy_explains_itself(name: str) -> None:
     schema = entry.options.model_json_schema()
 
     assert entry.summary.endswith(".")
-    assert entry.options().chains() >= 1
+    assert example(entry).chains() >= 1
     assert all(field.get("description") for field in schema.get("properties", {}).values())
     assert entry.options.model_config.get("extra") == "forbid"

@@ -62,6 +62,28 @@ async def test_the_order_of_ballots_does_not_matter(ballots: list[tuple[int, str
     assert await vote(numbered, same_number) == await vote(shuffled, same_number)
 
 
+@pytest.mark.parametrize(
+    ("weights", "winner", "weighed"),
+    [
+        ((1.0, 1.0, 1.0), 1, {"2": 2.0, "1": 1.0}),
+        ((2.5, 1.0, 1.0), 0, {"1": 2.5, "2": 2.0}),
+        ((2.0, 1.0, 1.0), 1, {"2": 2.0, "1": 2.0}),
+        ((0.5, 0.1, 0.3), 0, {"1": 0.5, "2": 0.4}),
+        ((0.3, 0.1, 0.3), 2, {"2": 0.4, "1": 0.3}),
+    ],
+)
+async def test_the_weightiest_group_wins(weights: tuple[float, ...], winner: int, weighed: dict[str, float]) -> None:
+    """Equal weight goes to the group with more members; within a group the weightiest stands for it."""
+    answers = zip((9, 5, 7), ("1", "2", "2"), weights, strict=True)
+    ballots = [Ballot(index, length, answer, weight) for index, (length, answer, weight) in enumerate(answers)]
+
+    verdict = await vote(ballots, same_number)
+
+    assert winner == verdict.winner.index
+    assert list(weighed) == list(verdict.weights) == list(verdict.votes)
+    assert pytest.approx(weighed) == dict(verdict.weights)
+
+
 @given(ballots=BALLOTS)
 async def test_votes_are_counted_once(ballots: list[tuple[int, str | None]]) -> None:
     """As many votes as answers; the winner is the shortest of a group that nobody outnumbers."""

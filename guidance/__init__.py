@@ -1,0 +1,1 @@
+"""Budget guidance, offline: the predictor of the remaining thinking length, its training, its file."""

@@ -1,0 +1,189 @@
+"""`thinkserve vectors`: make steering vectors, find their strength, look at them. Nothing slow before it is needed.
+
+These commands work on the folder; a running server has read it at start and is changed through its own routes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from thinkserve.server.model_dir import ModelDir, StartError, find_model
+from thinkserve.server.settings import Settings
+from thinkserve.server.validation import nearest
+from thinkserve.server.vectors import SteeringVector, VectorRegistry, check_name, shape_of, vectors_folder
+from thinkserve.steering.vector_file import BadVector
+
+app = typer.Typer(help="Steering vectors: extract them, calibrate their strength, list, show and remove them.")
+
+
+class Recipe(StrEnum):
+    """How a vector is made."""
+
+    asc = "asc"
+    efficiency = "efficiency"
+
+
+NAME = Annotated[str, typer.Argument(help="Name of the vector.")]
+MODEL = Annotated[str | None, typer.Option(help="Directory or name of the model; default: the embedded one.")]
+FOLDER = Annotated[Path | None, typer.Option(help="Folder of the vectors; default: vectors/ in the model's.")]
+PAIRS = Annotated[
+    Path | None,
+    typer.Option(help='JSON Lines: "question", with "concise" and "verbose" thoughts or an exact "answer".'),
+]
+TASKS = Annotated[str | None, typer.Option(help="Fresh problems of the embedded family: easy, medium or hard.")]
+LAYERS = Annotated[str | None, typer.Option(help="Blocks whose output is meant, from 0: 3,4 or all.")]
+SEED = Annotated[int, typer.Option(help="Of problems and sampling.")]
+MOST = Annotated[int, typer.Option("--max-tokens", min=16, help="Longest completion.")]
+
+
+@app.command()
+def extract(
+    name: NAME, recipe: Annotated[Recipe, typer.Option(help="Where the pairs come from.")] = Recipe.asc,
+    pairs: PAIRS = None, tasks: TASKS = None, layers: LAYERS = None, model: MODEL = None, vectors_dir: FOLDER = None,
+    n: Annotated[int, typer.Option("-n", min=1, help="Questions to make pairs of.")] = 100,
+    samples: Annotated[int, typer.Option(min=2, help="Answers per question (efficiency).")] = 8,
+    sign_scale: Annotated[float, typer.Option(help="Strength at which the direction is checked.")] = 0.3,
+    sign_questions: Annotated[int, typer.Option(min=1, help="Questions of that check.")] = 20,
+    keep: Annotated[bool, typer.Option("--keep", help="Store a vector whose direction is wrong, too.")] = False,
+    seed: SEED = 0, max_tokens: MOST = 1024,
+) -> None:  # fmt: skip
+    """Make NAME (state of the last token), NAME-mean (over the thinking), NAME-prompt (of the request to be brief).
+
+    A vector is stored only if adding it shortens and subtracting it lengthens; exit status 1 if none does.
+    """
+    from thinkserve.server import vectors_work as work
+
+    with _told():
+        check_name(f"{name}-prompt")
+        found, registry = _open(model, vectors_dir)
+        wish = work.Extraction(recipe.value, n, samples, sign_scale, sign_questions, seed, max_tokens)
+        source = work.Source(pairs, tasks)
+        made = work.extract(
+            found.path, source, _layers(layers, registry, default=True), wish, Console(stderr=True).print
+        )
+        stored = [
+            registry.put(name if position == "last" else f"{name}-{position}", raw)
+            for position, raw, ok in made
+            if ok or keep
+        ]
+    _print(stored)
+    raise typer.Exit(0 if stored else 1)
+
+
+@app.command()
+def calibrate(
+    name: NAME, pairs: PAIRS = None, tasks: TASKS = None, layers: LAYERS = None, model: MODEL = None,
+    vectors_dir: FOLDER = None, n: Annotated[int, typer.Option("-n", min=1, help="Questions per point.")] = 50,
+    scales: Annotated[str, typer.Option(help="Strengths to try beside 0.")] = "0.1,0.2,0.3,0.5,0.75,1",
+    each: Annotated[bool, typer.Option("--each-layer", help="Try the layers one by one, not together.")] = False,
+    tolerance: Annotated[float, typer.Option(min=0, max=1, help="Accuracy that may be lost.")] = 0.01,
+    save: Annotated[str | None, typer.Option(help="Name to store the result under; default: the same.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="File for the plot.")] = None,
+    seed: SEED = 1, max_tokens: MOST = 1024,
+) -> None:  # fmt: skip
+    """Measure length and accuracy against strength; store the largest strength that costs no accuracy.
+
+    What is stored has the calibrated layers only; the scale stands in its metadata (`vectors show`).
+    """
+    from thinkserve.server import vectors_work as work
+
+    with _told():
+        check_name(save or name)
+        found, registry = _open(model, vectors_dir)
+        vector, tried = _find(name, registry), _numbers(scales, float, "scales")
+        wish = work.Calibration(tuple(tried), n, tolerance, each, seed, max_tokens)
+        chosen = _layers(layers, registry) or list(vector.layers)
+        console = Console()
+        result = work.calibrate(found.path, vector, chosen, work.Source(pairs, tasks), wish, console.print)
+        if svg is not None:
+            svg.write_text(result.svg, encoding="utf-8")
+        stored = registry.put(save or name, result.raw)
+    _print([stored])
+
+
+@app.command("list")
+def list_vectors(model: MODEL = None, vectors_dir: FOLDER = None) -> None:
+    """List the vectors of a model."""
+    with _told():
+        _, registry = _open(model, vectors_dir)
+    _print([vector for _, vector in sorted(registry.snapshot().items())])
+
+
+@app.command()
+def show(name: NAME, model: MODEL = None, vectors_dir: FOLDER = None) -> None:
+    """Print everything that is known of a vector, as JSON."""
+    with _told():
+        _, registry = _open(model, vectors_dir)
+        vector = _find(name, registry)
+    norms = {str(layer): norm for layer, norm in vector.norms.items()}
+    told = {"name": name, "id": vector.id, "hidden": vector.hidden, "norms": norms, **vector.about}
+    typer.echo(json.dumps(told, indent=1))
+
+
+@app.command()
+def rm(name: NAME, model: MODEL = None, vectors_dir: FOLDER = None) -> None:
+    """Remove a vector from the folder."""
+    with _told():
+        _, registry = _open(model, vectors_dir)
+        _find(name, registry)
+        registry.delete(name)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Mistakes become the one line that the command line prints."""
+    try:
+        yield
+    except (BadVector, ValueError) as error:
+        raise StartError(str(error)) from None
+    except OSError as error:
+        raise StartError(f"{error.filename or 'the disk'}: {error.strerror or error}") from None
+
+
+def _open(model: str | None, folder: Path | None) -> tuple[ModelDir, VectorRegistry]:
+    found = find_model(model)
+    return found, VectorRegistry(vectors_folder(Settings.model_construct(vectors_dir=folder), found), shape_of(found))
+
+
+def _find(name: str, registry: VectorRegistry) -> SteeringVector:
+    vectors = registry.snapshot()
+    if name not in vectors:
+        raise BadVector(f"No steering vector {name!r}.{nearest(name, vectors)}")
+    return vectors[name]
+
+
+def _layers(text: str | None, registry: VectorRegistry, *, default: bool = False) -> list[int]:
+    count = registry.shape.layers
+    if text == "all":
+        return list(range(count))
+    if text is None:
+        # Three quarters up, where the paper's layers are (21 of 28).
+        return [min(count - 1, round(0.75 * count) - 1)] if default else []
+    return _numbers(text, int, "layers")
+
+
+def _numbers(text: str, kind: Any, what: str) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise BadVector(f"--{what} takes numbers separated by commas, not {text!r}") from None
+
+
+def _print(vectors: list[SteeringVector]) -> None:
+    table = Table("vector", "version", "layers", "norms", "recipe", "scale", "tokens", box=None, padding=(0, 2, 0, 0))
+    for vector in vectors:
+        found = vector.about.get("calibration", {})
+        layers = ", ".join(map(str, vector.layers))
+        norms = ", ".join(f"{norm:.3g}" for norm in vector.norms.values())
+        scale, tokens = (f"{found[key]:g}" if key in found else "" for key in ("scale", "tokens_ratio"))
+        table.add_row(vector.name, str(vector.version), layers, norms, vector.recipe, scale, tokens)
+    Console().print(table)

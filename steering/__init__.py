@@ -1,0 +1,1 @@
+"""Steering vectors, made and measured offline: extraction from pairs, calibration of the strength, their file."""
