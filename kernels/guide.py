@@ -16,17 +16,15 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from thinkserve.kernels import cpu
 from thinkserve.kernels.gamma import log_cdf, log_gamma_cdf
-
-Provider = Literal["native", "triton", "cpp"]
+from thinkserve.kernels.providers import form
 
 # Stands for -inf wherever it would be subtracted from itself.
 LOWEST: Final = tl.constexpr(-1e30)
@@ -160,18 +158,9 @@ def fused(
     return out
 
 
-def provider(device: str, *, cpp: bool) -> Provider:
-    """Who runs the op: Triton on a GPU; on the CPU C++ where it could be built (`cpp`)."""
-    if device == "cuda":
-        return "triton"
-    return "cpp" if device == "cpu" and cpp else "native"
-
-
 @functools.cache
 def _form(device: str) -> Callable[..., Tensor]:
-    compiled = cpu.op("guide") if device == "cpu" else None
-    forms = {"native": native, "triton": fused, "cpp": compiled}
-    return forms[provider(device, cpp=compiled is not None)] or native
+    return form("guide", device, native, fused)
 
 
 def _run(
@@ -223,6 +212,6 @@ def guide(
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     parameters = (alpha.float().contiguous(), lam.float().contiguous(), remaining.float().contiguous())
     # Outside a compiled graph the op's own dispatch would cost more than a small batch does.
-    form = _opaque if torch.compiler.is_compiling() else _run
-    result: Tensor = form(logits, *parameters, lam_min, alpha_min, mode_min)
+    run = _opaque if torch.compiler.is_compiling() else _run
+    result: Tensor = run(logits, *parameters, lam_min, alpha_min, mode_min)
     return result

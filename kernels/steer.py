@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from thinkserve.kernels import cpu
-
-Provider = Literal["native", "triton", "cpp"]
+from thinkserve.kernels.providers import form
 
 BLOCK = 1024
 WARPS = 4
@@ -112,18 +110,9 @@ def check(hidden: Tensor, vectors: Tensor, index: Tensor, scale: Tensor) -> None
         raise ValueError("rows of hidden must lie in one piece; vectors, index and scale must be contiguous")
 
 
-def provider(device: str, *, cpp: bool) -> Provider:
-    """Who runs the op: Triton on a GPU; on the CPU C++ where it could be built (`cpp`). Measured: kernels/README.md."""
-    if device == "cuda":
-        return "triton"
-    return "cpp" if device == "cpu" and cpp else "native"
-
-
 @functools.cache
 def _form(device: str) -> Callable[..., None]:
-    compiled = cpu.op("steer") if device == "cpu" else None
-    forms = {"native": steer_native, "triton": steer_triton, "cpp": compiled}
-    return forms[provider(device, cpp=compiled is not None)] or steer_native
+    return form("steer", device, steer_native, steer_triton)
 
 
 def _run(hidden: Tensor, vectors: Tensor, index: Tensor, scale: Tensor) -> None:

@@ -14,16 +14,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from thinkserve.kernels import cpu, steer
-
-Provider = Literal["native", "triton", "cpp"]
+from thinkserve.kernels import providers, steer
 
 # The longest row that stays in the registers of one program.
 LONGEST = 16384
@@ -133,21 +131,15 @@ def check(x: Tensor, residual: Tensor, weight: Tensor, vectors: Tensor, index: T
         raise TypeError(f"residual and weight must be {x.dtype}: {residual.dtype}, {weight.dtype}")
 
 
-def provider(device: str, size: int, *, cpp: bool) -> Provider:
-    """Who runs the op for rows of `size`: Triton on a GPU, on the CPU C++ where it could be built (`cpp`).
-
-    PyTorch on other devices, and where a row does not fit the registers. Measured: kernels/README.md.
-    """
-    if device == "cuda":
-        return "triton" if size <= LONGEST else "native"
-    return "cpp" if device == "cpu" and cpp else "native"
+def provider(device: str, size: int, *, cpp: bool) -> providers.Provider:
+    """Who runs the op for rows of `size`: as ever, but PyTorch where a row does not fit a GPU's registers."""
+    return "native" if device == "cuda" and size > LONGEST else providers.provider(device, cpp=cpp)
 
 
 @functools.cache
 def _form(device: str, size: int) -> Callable[..., None]:
-    compiled = cpu.op("steer_add_rmsnorm") if device == "cpu" else None
-    forms = {"native": steer_add_rmsnorm_native, "triton": steer_add_rmsnorm_triton, "cpp": compiled}
-    return forms[provider(device, size, cpp=compiled is not None)] or steer_add_rmsnorm_native
+    choose = functools.partial(provider, size=size)
+    return providers.form("steer_add_rmsnorm", device, steer_add_rmsnorm_native, steer_add_rmsnorm_triton, choose)
 
 
 def _run(

@@ -19,16 +19,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from thinkserve.kernels import cpu
-
-Provider = Literal["native", "triton", "cpp"]
+from thinkserve.kernels.providers import form
 
 COLUMNS: Final = ("logsumexp", "mean", "certainty", "entropy", "margin", "close")
 # Stands for -inf wherever it would be multiplied by zero; its exponential is zero beside any logit.
@@ -194,18 +192,9 @@ def fused(logits: Tensor, vocab: int, close: int = -1) -> Tensor:
     return out
 
 
-def provider(device: str, *, cpp: bool) -> Provider:
-    """Who runs the op: Triton on a GPU; on the CPU C++ where it could be built (`cpp`), at any size."""
-    if device == "cuda":
-        return "triton"
-    return "cpp" if device == "cpu" and cpp else "native"
-
-
 @functools.cache
 def _form(device: str) -> Callable[..., Tensor]:
-    compiled = cpu.op("token_stats") if device == "cpu" else None
-    forms = {"native": native, "triton": fused, "cpp": compiled}
-    return forms[provider(device, cpp=compiled is not None)] or native
+    return form("token_stats", device, native, fused)
 
 
 def _run(logits: Tensor, vocab: int, close: int) -> Tensor:

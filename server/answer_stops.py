@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from thinkserve.server.around import Around, Open, Through
+from thinkserve.server.around import Around, Open
 from thinkserve.strategies.engine import Delta, Engine, Job, Stream, Task, Tokens
+from thinkserve.strategies.streams import Through
 from thinkserve.strategies.text import Phases
 
 
@@ -73,9 +74,6 @@ class _Stopping(Through):
         super().__init__(inner)
         self._matcher = matcher
         self._over = False
-
-    def __aiter__(self) -> Stream:
-        return self
 
     async def __anext__(self) -> Delta:
         if self._over:

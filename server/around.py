@@ -71,22 +71,3 @@ class _Chain:
     ) -> AbstractAsyncContextManager[Stream]:
         job = replace(self._job, prompt=self._job.prompt + self._inner.tokens, max_tokens=max_tokens)
         return self._around.watch(lambda each: self._inner.segment(each.max_tokens, until, controls), job)
-
-
-class Through:
-    """Base of the wrapped streams: what it cost is the inner stream's to say."""
-
-    __slots__ = ("_inner",)
-
-    def __init__(self, inner: Stream) -> None:
-        self._inner = inner
-
-    @property
-    def generated(self) -> int:
-        """Tokens sampled so far."""
-        return self._inner.generated
-
-    @property
-    def cached(self) -> int:
-        """Prompt tokens found in the prefix cache."""
-        return self._inner.cached

@@ -14,8 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from thinkserve.server.model_dir import ModelDir, StartError, find_model
-
-FOLDER = "budget"
+from thinkserve.server.vllm_guidance import FOLDER
 
 app = typer.Typer(help="Budget guidance: a predictor of the remaining thinking length, per model.")
 

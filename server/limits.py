@@ -15,8 +15,9 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from thinkserve.server.around import Around, Open, Through
+from thinkserve.server.around import Around, Open
 from thinkserve.strategies.engine import Delta, Engine, Finish, Job, Role, Stream, Tokens
+from thinkserve.strategies.streams import Ended, Through
 
 End = Literal["ceiling", "deadline"]
 
@@ -65,7 +66,7 @@ class LimitedEngine(Around):
     async def watch(self, open: Open, job: Job) -> AsyncIterator[Stream]:
         """Run a job within what is left."""
         if self._ended is not None:
-            yield _Ended(self._ended)
+            yield Ended(self._ended)
             return
         cut = self._left is not None and self._left < job.max_tokens
         async with open(replace(job, max_tokens=self._left) if cut and self._left else job) as stream:
@@ -93,9 +94,6 @@ class _Limited(Through):
         self._over = False
         self._reader: Task[Any] | None = None
         self._woken = False
-
-    def __aiter__(self) -> Stream:
-        return self
 
     def wake(self) -> None:
         """Get the reader out of its wait; as `asyncio.timeout` does it, without the cost of a scope per delta."""
@@ -131,22 +129,3 @@ class _Limited(Through):
     def _last(self, delta: Delta, finish: Finish) -> Delta:
         self._over = True
         return replace(delta, finish=finish)
-
-
-class _Ended:
-    """The stream of a job that came too late."""
-
-    generated = 0
-    cached = 0
-
-    def __init__(self, finish: Finish) -> None:
-        self._finish: Finish | None = finish
-
-    def __aiter__(self) -> Stream:
-        return self
-
-    async def __anext__(self) -> Delta:
-        finish, self._finish = self._finish, None
-        if finish is None:
-            raise StopAsyncIteration
-        return Delta(finish=finish)

@@ -10,10 +10,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from thinkserve.server.around import Around, Open, Through
+from thinkserve.server.around import Around, Open
 from thinkserve.server.metrics import Metrics
 from thinkserve.strategies.engine import Delta, Engine, Finish, Job, Role, Stream, Tokens
 from thinkserve.strategies.errors import EngineFailed
+from thinkserve.strategies.streams import Through
 
 # Of a chain that ended in one of these ways nothing was cut off from outside.
 FINISHED: frozenset[Finish | None] = frozenset({"stop", "length", "repetition"})
@@ -99,9 +100,6 @@ class _Metered(Through):
     def __init__(self, inner: Stream, tally: Tally) -> None:
         super().__init__(inner)
         self._tally = tally
-
-    def __aiter__(self) -> Stream:
-        return self
 
     async def __anext__(self) -> Delta:
         delta = await self._inner.__anext__()

@@ -15,8 +15,10 @@ from typing import Any
 
 from thinkserve.server.vectors import SteeringVector, Vectors
 from thinkserve.strategies.controls import Guide, Steer
-from thinkserve.strategies.engine import Delta, Job, ModelInfo, Stream, Tokens
+from thinkserve.strategies.engine import Job, ModelInfo, Stream, Tokens
 from thinkserve.strategies.errors import BadOptions, Unsupported
+from thinkserve.strategies.streams import Recorded
+from thinkserve.strategies.text import last_tags
 
 # How many vectors may act on one token.
 COLUMNS = 4
@@ -107,14 +109,8 @@ def _close(prompt: Tokens, info: ModelInfo) -> int | None:
     """The token that ends thinking; None when the prompt has ended it already. Raises Unsupported."""
     if len(info.think_close) != 1:
         raise Unsupported("Steering while thinking needs a model that ends its thinking with one token.", "steer")
-    backwards = prompt[::-1]
-    close = info.think_close[0]
-    if close not in prompt:
-        return close
-    since_close = prompt[len(prompt) - backwards.index(close) :]
-    width = len(info.think_open)
-    reopened = width and any(since_close[at : at + width] == info.think_open for at in range(len(since_close)))
-    return close if reopened else None
+    opened, closed = last_tags(info, prompt)
+    return info.think_close[0] if closed < 0 or opened > closed else None
 
 
 def _until(past: Steered, end: int) -> list[Entry]:
@@ -152,12 +148,12 @@ class Continued:
         """One segment; the next one knows the steering of the tokens that were read from it."""
         now = self._steer(job, self._past)
         async with self._start(job, now) as stream:
-            read = _Read(stream)
+            read: list[int] = []
             try:
-                yield read
+                yield Recorded(stream, read)
             finally:
-                end = len(job.prompt) + len(read.tokens)
-                self._past = replace(now, entries=tuple(_ended(now, end, job.prompt + tuple(read.tokens))))
+                end = len(job.prompt) + len(read)
+                self._past = replace(now, entries=tuple(_ended(now, end, job.prompt + tuple(read))))
 
 
 def _ended(now: Steered, end: int, tokens: Tokens) -> list[Entry]:
@@ -169,27 +165,3 @@ def _ended(now: Steered, end: int, tokens: Tokens) -> list[Entry]:
             stop = tokens.index(entry.close, entry.start + 1)
         ended.append(replace(entry, stop=stop))
     return ended
-
-
-class _Read:
-    """A stream that notes the tokens read from it."""
-
-    def __init__(self, inner: Stream) -> None:
-        self._inner = inner
-        self.tokens: list[int] = []
-
-    @property
-    def generated(self) -> int:
-        return self._inner.generated
-
-    @property
-    def cached(self) -> int:
-        return self._inner.cached
-
-    def __aiter__(self) -> Stream:
-        return self
-
-    async def __anext__(self) -> Delta:
-        delta = await self._inner.__anext__()
-        self.tokens.extend(delta.tokens)
-        return delta

@@ -11,6 +11,7 @@ from thinkserve.server.settings import Settings
 from thinkserve.strategies.controls import Guide
 from thinkserve.strategies.engine import Job, ModelInfo, Tokens
 from thinkserve.strategies.errors import BadOptions, Unsupported
+from thinkserve.strategies.text import last_tags
 
 FOLDER = "budget"
 UNAVAILABLE = "This model has no budget predictor, so it takes no budget guidance; `thinkserve budget train` makes one."
@@ -60,13 +61,7 @@ def guidance(job: Job, info: ModelInfo, served: bool) -> dict[str, Any]:
 
 def _opens(prompt: Tokens, info: ModelInfo) -> int | None:
     """-1: the prompt has opened thinking; a token: the one that will; None: thinking is over or never begins."""
-    opened, closed = (_last(prompt, tag) for tag in (info.think_open, info.think_close))
+    opened, closed = last_tags(info, prompt)
     if opened > closed:
         return -1
     return info.think_open[0] if closed < 0 and len(info.think_open) == 1 else None
-
-
-def _last(prompt: Tokens, tag: Tokens) -> int:
-    """Index of the last occurrence of `tag`, or -1."""
-    starts = range(len(prompt) - len(tag), -1, -1) if tag else range(0)
-    return next((at for at in starts if prompt[at : at + len(tag)] == tag), -1)

@@ -19,9 +19,10 @@ from thinkserve.server.detokenizer import ByteDetokenizer, WindowDetokenizer, by
 from thinkserve.server.model_dir import StartError
 from thinkserve.server.plan import Rendered
 from thinkserve.server.settings import Settings
-from thinkserve.server.vllm_stream import engine_errors, rfind
+from thinkserve.server.vllm_stream import engine_errors
 from thinkserve.strategies.engine import Detokenizer, ModelInfo, Phase, Tokens
 from thinkserve.strategies.errors import BadOptions, TooLong
+from thinkserve.strategies.text import last_tags
 
 # Names by which templates know the switch for thinking.
 _SWITCHES = ("enable_thinking", "thinking")
@@ -154,10 +155,7 @@ class Renderer:
 
     def _phase(self, tokens: Tokens) -> Phase | None:
         """Where generation starts: behind an open tag, behind a closed one, or wherever the model likes."""
-        opened, closed = (
-            rfind(tokens, self.info.think_open),
-            rfind(tokens, self.info.think_close),
-        )
+        opened, closed = last_tags(self.info, tokens)
         last = max(opened, closed)
         if last < 0 or self.decode(tokens[last + 1 :]).strip():
             return None

@@ -29,6 +29,7 @@ from thinkserve.strategies.errors import (
     TooLong,
     Unsupported,
 )
+from thinkserve.strategies.text import last_tags
 
 # vLLM's finish reasons that are ours too; "abort" and "error" are failures unless we aborted.
 _FINISH: Final[dict[str, Finish]] = {
@@ -96,21 +97,9 @@ def _thinking_budget(job: Job, info: ModelInfo) -> int | None:
             "This model does not mark its thinking, so it takes no thinking budget.",
             "thinking_budget",
         )
-    opened, closed = (
-        rfind(job.prompt, info.think_open),
-        rfind(job.prompt, info.think_close),
-    )
+    opened, closed = last_tags(info, job.prompt)
     before = len(job.prompt) - opened - len(info.think_open) if opened > closed else 0
     return job.thinking_budget + before
-
-
-def rfind(tokens: tuple[int, ...], wanted: tuple[int, ...]) -> int:
-    """Index of the last occurrence of `wanted` in `tokens`, or -1."""
-    width = len(wanted)
-    for index in range(len(tokens) - width, -1, -1) if width else ():
-        if tokens[index : index + width] == wanted:
-            return index
-    return -1
 
 
 class VllmStream:

@@ -9,7 +9,9 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 
-from thinkserve.strategies.engine import Control, Delta, Job, ModelInfo, Stream, Tokens, chain_seed
+from thinkserve.strategies.engine import Control, Job, ModelInfo, Stream, Tokens, chain_seed
+from thinkserve.strategies.streams import Ended, Recorded
+from thinkserve.strategies.text import rfind
 
 Generate = Callable[[Job], AbstractAsyncContextManager[Stream]]
 
@@ -41,12 +43,12 @@ class ResubmittedChain:
         """Generate up to `max_tokens`, one of `until`, or what is left of the job's budget (none left: "length")."""
         allowed = min(max_tokens, self._job.max_tokens - self._generated)
         if allowed <= 0:
-            yield _Spent()
+            yield Ended("length")
             return
         stream: Stream | None = None
         try:
             async with self._generate(self._next(allowed, until, controls)) as stream:
-                yield _Recorded(stream, self._tokens)
+                yield Recorded(stream, self._tokens)
         finally:
             # The count is final only here, after the block.
             self._generated += 0 if stream is None else stream.generated
@@ -71,52 +73,7 @@ class ResubmittedChain:
         return tuple(control.later(len(self._tokens)) for control in self._job.controls)
 
     def _thinking_left(self) -> int | None:
-        budget, width = self._job.thinking_budget, len(self._close)
-        if budget is None or not width:
+        budget = self._job.thinking_budget
+        if budget is None or not self._close:
             return budget
-        written = self.tokens
-        closed = any(written[at : at + width] == self._close for at in range(len(written) - width + 1))
-        return None if closed else max(0, budget - len(written))
-
-
-class _Recorded:
-    """A stream whose tokens enter the chain as they are read."""
-
-    def __init__(self, inner: Stream, tokens: list[int]) -> None:
-        self._inner = inner
-        self._tokens = tokens
-
-    @property
-    def generated(self) -> int:
-        return self._inner.generated
-
-    @property
-    def cached(self) -> int:
-        return self._inner.cached
-
-    def __aiter__(self) -> Stream:
-        return self
-
-    async def __anext__(self) -> Delta:
-        delta = await self._inner.__anext__()
-        self._tokens.extend(delta.tokens)
-        return delta
-
-
-class _Spent:
-    """A stream of a chain that has no tokens left: it ends at once."""
-
-    generated = 0
-    cached = 0
-
-    def __init__(self) -> None:
-        self._ended = False
-
-    def __aiter__(self) -> Stream:
-        return self
-
-    async def __anext__(self) -> Delta:
-        if self._ended:
-            raise StopAsyncIteration
-        self._ended = True
-        return Delta(finish="length")
+        return None if rfind(self.tokens, self._close) >= 0 else max(0, budget - len(self._tokens))

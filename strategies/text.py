@@ -79,6 +79,18 @@ class Phases:
         return [("answer", waiting - tag.seen)] if waiting > tag.seen else []
 
 
+def rfind(tokens: Tokens, wanted: Tokens) -> int:
+    """Index of the last occurrence of `wanted` in `tokens`, or -1; nothing is found nowhere."""
+    width = len(wanted)
+    starts = range(len(tokens) - width, -1, -1) if width else range(0)
+    return next((at for at in starts if tokens[at : at + width] == wanted), -1)
+
+
+def last_tags(info: ModelInfo, tokens: Tokens) -> tuple[int, int]:
+    """Where thinking was last opened and last closed in `tokens`: indices of the tags, -1 where there is none."""
+    return rfind(tokens, info.think_open), rfind(tokens, info.think_close)
+
+
 class _Tag:
     """Finds a tag in a stream of tokens, one at a time (Knuth-Morris-Pratt)."""
 

@@ -121,12 +121,16 @@ class TraceWriter:
     def conclude(self) -> None:
         """State the answer; then verify, again and again, as such models do."""
         answer = self.work.value
-        found = f"{self.work.found}. " if isinstance(self.work, Swaps) else ""
-        self.say(f"{found}So the answer is {answer}." if self.style == "verbose" else f"{found}Answer: {answer}")
+        self.say(self.found + (f"So the answer is {answer}." if self.style == "verbose" else f"Answer: {answer}"))
         done = 0
         while self.style == "verbose" and self.rng.random() < self.doubt(answer, done):
             answer = self.verify(answer)
             done += 1
+
+    @property
+    def found(self) -> str:
+        """What a swaps trace says before its answer: what the person asked about holds."""
+        return f"{self.work.found}. " if isinstance(self.work, Swaps) else ""
 
     def doubt(self, answer: str, done: int) -> float:
         """How likely a result is verified once more; a writer that never verifies does not doubt wrong results."""
@@ -144,8 +148,7 @@ class TraceWriter:
         self.work = derive(self.problem)
         for _ in range(self.work.length):
             self.say(f"{self.work.advance(self.rng).full}.")
-        found = f"{self.work.found}. " if isinstance(self.work, Swaps) else ""
-        self.say(f"{found}So the answer is {self.work.value}.")
+        self.say(f"{self.found}So the answer is {self.work.value}.")
         return self.work.value
 
     def pass_through(self, slip_rate: float) -> str:
@@ -156,7 +159,7 @@ class TraceWriter:
             step = self.work.advance(self.rng, slip)
             self.spans.append((("\n\n" if index == 0 else "; ") + step.given, True))
             self.spans.append((step.result, not slip))
-        self.spans.append((f". {self.work.found}." if isinstance(self.work, Swaps) else ".", True))
+        self.spans.append((f". {self.found}".rstrip(), True))
         return self.work.value
 
 

@@ -17,7 +17,8 @@ from tests.kernels.support import CAPABILITIES, DTYPES, compile_ahead, rms_ratio
 from thinkserve.kernels import cpu
 from thinkserve.kernels import guide as module
 from thinkserve.kernels.gamma import gamma_cdf, log_cdf, log_gamma_cdf
-from thinkserve.kernels.guide import guide, native, normalise_kernel, provider, reference, score_kernel
+from thinkserve.kernels.guide import guide, native, normalise_kernel, reference, score_kernel
+from thinkserve.kernels.providers import provider
 
 Form = Callable[..., Tensor]
 INFINITY = math.inf

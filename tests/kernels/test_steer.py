@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.kernels.support import CAPABILITIES, Compiled, bits, compile_ahead, poisoned, rms_ratio, runnable, tolerance
-from thinkserve.kernels import cpu, steer
+from thinkserve.kernels import cpu, providers, steer
 
 Runs = Callable[[], AbstractContextManager[None]]
 
@@ -224,7 +224,7 @@ def test_the_provider_depends_on_the_device_and_on_what_could_be_built(
     device_type: str, cpp: bool, expected: str
 ) -> None:
     """A table, as measured."""
-    assert expected == steer.provider(device_type, cpp=cpp)
+    assert expected == providers.provider(device_type, cpp=cpp)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

@@ -13,7 +13,8 @@ from torch import Tensor
 from tests.kernels.support import CAPABILITIES, DTYPES, compile_ahead, rms_ratio
 from thinkserve.kernels import cpu
 from thinkserve.kernels import token_stats as module
-from thinkserve.kernels.token_stats import COLUMNS, merge_kernel, native, part_kernel, provider, reference, token_stats
+from thinkserve.kernels.providers import provider
+from thinkserve.kernels.token_stats import COLUMNS, merge_kernel, native, part_kernel, reference, token_stats
 
 Form = Callable[..., Tensor]
 INFINITY = math.inf

@@ -1,0 +1,66 @@
+"""Streams around streams."""
+
+from __future__ import annotations
+
+from thinkserve.strategies.engine import Delta, Finish, Stream
+
+
+class Through:
+    """Base of the wrapped streams: hands everything on, and what it cost is the inner stream's to say."""
+
+    __slots__ = ("_inner",)
+
+    def __init__(self, inner: Stream) -> None:
+        self._inner = inner
+
+    @property
+    def generated(self) -> int:
+        """Tokens sampled so far."""
+        return self._inner.generated
+
+    @property
+    def cached(self) -> int:
+        """Prompt tokens found in the prefix cache."""
+        return self._inner.cached
+
+    def __aiter__(self) -> Stream:
+        return self
+
+    async def __anext__(self) -> Delta:
+        return await self._inner.__anext__()
+
+
+class Recorded(Through):
+    """A stream whose tokens are added to a list as they are read."""
+
+    __slots__ = ("_tokens",)
+
+    def __init__(self, inner: Stream, tokens: list[int]) -> None:
+        super().__init__(inner)
+        self._tokens = tokens
+
+    async def __anext__(self) -> Delta:
+        delta = await super().__anext__()
+        self._tokens.extend(delta.tokens)
+        return delta
+
+
+class Ended:
+    """A stream of no tokens: all that it says is how it ended, at once."""
+
+    __slots__ = ("_finish",)
+
+    generated = 0
+    cached = 0
+
+    def __init__(self, finish: Finish) -> None:
+        self._finish: Finish | None = finish
+
+    def __aiter__(self) -> Stream:
+        return self
+
+    async def __anext__(self) -> Delta:
+        finish, self._finish = self._finish, None
+        if finish is None:
+            raise StopAsyncIteration
+        return Delta(finish=finish)
