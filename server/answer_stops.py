@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from thinkserve.server.around import Around, Open
+from thinkserve.strategies.around import Around, Open
 from thinkserve.strategies.engine import Delta, Engine, Job, Stream, Task, Tokens
 from thinkserve.strategies.streams import Through
 from thinkserve.strategies.text import Phases

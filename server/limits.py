@@ -15,8 +15,8 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from thinkserve.server.around import Around, Open
-from thinkserve.strategies.engine import Delta, Engine, Finish, Job, Role, Stream, Tokens
+from thinkserve.strategies.around import Around, Open
+from thinkserve.strategies.engine import Delta, Engine, Finish, Job, Path, Role, Score, Stream
 from thinkserve.strategies.streams import Ended, Through
 
 End = Literal["ceiling", "deadline"]
@@ -77,11 +77,11 @@ class LimitedEngine(Around):
             finally:
                 self._open.discard(limited)
 
-    async def score(self, prompt: Tokens, candidates: Sequence[Tokens], role: Role) -> list[float]:
-        """One number per candidate. Raises TimeoutError once the request has ended: there is no partial score."""
+    async def score(self, question: str, paths: Sequence[Path], role: Role = "reward") -> list[Score]:
+        """What the reward model says. Raises TimeoutError once the request has ended: there is no partial score."""
         if self._ended is not None:
             raise TimeoutError(self._ended)
-        return await super().score(prompt, candidates, role)
+        return await super().score(question, paths, role)
 
 
 class _Limited(Through):

@@ -10,8 +10,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from thinkserve.server.around import Around, Open
 from thinkserve.server.metrics import Metrics
+from thinkserve.strategies.around import Around, Open
 from thinkserve.strategies.engine import Delta, Engine, Finish, Job, Role, Stream, Tokens
 from thinkserve.strategies.errors import EngineFailed
 from thinkserve.strategies.streams import Through

@@ -9,11 +9,11 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 
-from thinkserve.server.around import Around
 from thinkserve.server.errors import ApiError, clean
 from thinkserve.server.protocol import SteerChoice
 from thinkserve.server.validation import nearest
 from thinkserve.server.vectors import SteeringVector, VectorRegistry, Vectors
+from thinkserve.strategies.around import Around
 from thinkserve.strategies.controls import Steer
 from thinkserve.strategies.engine import Chain, Control, Engine, Job, ModelInfo, Stream, Tokens
 

@@ -80,6 +80,7 @@ async def to_plan(chat: ChatRequest, headers: Headers, serving: Serving, request
         phase=rendered.phase,
         seed=to_seed(chat),
         logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
+        question=question(chat),
     )
     return Plan(
         request_id=request_id,
@@ -97,6 +98,12 @@ async def to_plan(chat: ChatRequest, headers: Headers, serving: Serving, request
         usage_scope=settings.usage_scope,
         controls=steers,
     )
+
+
+def question(chat: ChatRequest) -> str:
+    """What the user asked last, as text."""
+    asked = [message.text for message in chat.messages if message.role == "user"]
+    return asked[-1] if asked else ""
 
 
 def missing_roles(strategy: Strategy, backend: Backend) -> list[str]:

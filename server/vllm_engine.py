@@ -27,8 +27,10 @@ from thinkserve.strategies.engine import (
     Detokenizer,
     Job,
     ModelInfo,
+    Path,
     Role,
     Sampling,
+    Score,
     Stream,
     Tokens,
 )
@@ -247,32 +249,14 @@ class VllmEngine:
     def _steer(self, job: Job, past: Steered = NOTHING) -> Steered:
         return steering(job, self._renderer.info, self._vectors, past)
 
-    async def score(self, prompt: Tokens, candidates: Sequence[Tokens], role: Role) -> list[float]:
-        """Log-probability in nats of each candidate after `prompt`, under the model's own distribution.
-
-        Costs one generated token per token of the candidates, all at once; the prompt comes from the prefix cache.
-        """
+    async def render(self, messages: Sequence[Mapping[str, str]], role: Role = "target") -> Tokens:
+        """A chat ready for the model's reply, thinking closed at once. Raises TooLong."""
         self._need(role)
-        scores = [[0.0] * len(candidate) for candidate in candidates]
-        async with anyio.create_task_group() as group:
-            for candidate, row in zip(candidates, scores, strict=True):
-                for index in range(len(candidate)):
-                    group.start_soon(
-                        self._score_token,
-                        (*prompt, *candidate[:index]),
-                        candidate[index],
-                        row,
-                        index,
-                    )
-        return [sum(row) for row in scores]
+        return (await self._renderer.render(messages, False, {})).tokens
 
-    async def _score_token(self, prompt: Tokens, token: int, row: list[float], index: int) -> None:
-        # The step may draw nothing but `token`, and vLLM reports log-probabilities from before that restriction. (Its
-        # own `logprob_token_ids` would take away the alternatives of other requests in the batch.)
-        job = Job(prompt=prompt, max_tokens=1, sampling=Sampling(temperature=0.0), logprobs=0)
-        async with self._backend.open(self._id, self._salt, job, allowed_token_ids=[token]) as stream:
-            async for delta in stream:
-                row[index] += sum(delta.logprobs)
+    async def score(self, question: str, paths: Sequence[Path], role: Role = "reward") -> list[Score]:
+        """Raises Unsupported: this model generates, it does not rate."""
+        raise Unsupported(f"No model is configured for the role {role!r}.", "role")
 
     def _need(self, role: Role) -> None:
         if role != "target":

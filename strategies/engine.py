@@ -173,6 +173,27 @@ class Chain(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Path:
+    """A partial solution: the text of its steps in order. Rewards of the first `known` steps are not wanted again."""
+
+    steps: tuple[str, ...]
+    known: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What a reward model said of one path: for each step after the known ones the probability that it is right.
+
+    `rewards` are in [0, 1], or NaN where the model failed; `tokens` is what the pass read, `cached` how many of them
+    came from the prefix cache.
+    """
+
+    rewards: tuple[float, ...]
+    tokens: int = 0
+    cached: int = 0
+
+
 class Engine(Protocol):
     """Everything a strategy can do."""
 
@@ -200,8 +221,12 @@ class Engine(Protocol):
         """Open a chain on the job's prompt; `job.max_tokens` bounds all segments together."""
         ...
 
-    async def score(self, prompt: Tokens, candidates: Sequence[Tokens], role: Role) -> list[float]:
-        """One number per candidate continuation: log-probability in nats, or the reward model's score."""
+    async def render(self, messages: Sequence[Mapping[str, str]], role: Role = "target") -> Tokens:
+        """A chat as the role's model wants it, ready for its reply, thinking closed at once. Raises TooLong."""
+        ...
+
+    async def score(self, question: str, paths: Sequence[Path], role: Role = "reward") -> list[Score]:
+        """What the reward model says of each path, all in one batch. Raises Unsupported, EngineFailed."""
         ...
 
 
@@ -212,6 +237,7 @@ class Task:
     `max_tokens` and `thinking_budget` are per chain, `max_total_tokens` is for the whole request (enforced by the
     engine handed to the strategy). `phase` is where generation starts: inside the think block or already in the answer;
     None when the model decides by writing (or not) its opening tag. Without a `seed` the engine draws as it likes.
+    `question` is what the user asked last, as text: for models that read it in a prompt of their own.
     """
 
     prompt: Tokens
@@ -222,6 +248,7 @@ class Task:
     phase: Phase | None = "thinking"
     seed: int | None = 0
     logprobs: int | None = None
+    question: str = ""
 
     def job(self, index: int = 0) -> Job:
         """The job of chain `index`: same prompt and sampling, its own seed if the task has one."""
@@ -243,7 +270,8 @@ def chain_seed(seed: int, index: int) -> int:
 
 EventType = Literal[
     "chain.started", "chain.progress", "chain.finished", "chain.aborted", "vote", "winner", "budget.forced",
-    "node.created", "node.scored", "node.expanded", "node.pruned", "steer.applied", "verifier", "error",
+    "node.created", "node.scored", "node.expanded", "node.pruned", "steer.applied", "takeover", "verifier",
+    "error",
 ]  # fmt: skip
 
 

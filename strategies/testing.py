@@ -27,9 +27,11 @@ from thinkserve.strategies.engine import (
     Finish,
     Job,
     ModelInfo,
+    Path,
     Phase,
     Piece,
     Role,
+    Score,
     Stream,
     Task,
     Tokens,
@@ -62,7 +64,7 @@ class ScriptedEngine:
     `fail[i] = (n, error)` raises `error` in place of token n of job i. `pace[i]` is how many steps a token of job i
     takes, `tick` how many seconds a step, `burst` how many tokens a step gives. `ceiling` and `deadline` end every
     stream after that many tokens in all or steps. `overrun` tokens are still sampled for a job that is aborted.
-    `scores` maps a candidate's text to its score (others: 0). `stats(i, n)` are the statistics of token n of script i.
+    `rate` gives the reward of the last of some steps. `stats(i, n)` are the statistics of token n of script i.
     """
 
     def __init__(
@@ -78,16 +80,16 @@ class ScriptedEngine:
         ceiling: int | None = None,
         deadline: int | None = None,
         overrun: int = 0,
-        scores: Mapping[str, float] = {},
+        rate: Callable[[tuple[str, ...]], float] = lambda steps: 0.0,
         stats: ScriptedStats = plain_stats,
     ) -> None:
         self._scripts, self._info, self._roles, self._fail, self._pace = scripts, info, roles, fail, pace
         self._tick, self._burst, self._ceiling, self._deadline, self._overrun = tick, burst, ceiling, deadline, overrun
-        self._scores, self._stats = scores, stats
+        self._rate, self._stats = rate, stats
         self._indices = 0
         self.steps = 0
         self.history: list[ScriptedStream] = []
-        self.scored: list[tuple[Tokens, tuple[Tokens, ...], Role]] = []
+        self.scored: list[tuple[str, tuple[Path, ...]]] = []
         self.live: list[ScriptedStream] = []
 
     def __repr__(self) -> str:
@@ -133,12 +135,25 @@ class ScriptedEngine:
         index = self._take_index()
         yield ResubmittedChain(lambda segment: self._stream(segment, index), job, self.info(job.role))
 
-    async def score(self, prompt: Tokens, candidates: Sequence[Tokens], role: Role) -> list[float]:
-        """The table's numbers."""
+    async def render(self, messages: Sequence[Mapping[str, str]], role: Role = "target") -> Tokens:
+        """The lines `role: text` as tokens, thinking closed."""
         self.info(role)
         await checkpoint()
-        self.scored.append((prompt, tuple(candidates), role))
-        return [self._scores.get(self.decode(candidate), 0.0) for candidate in candidates]
+        return self.encode(
+            "".join(f"{each['role']}: {each['content']}\n" for each in messages) + "<think></think>", role
+        )
+
+    async def score(self, question: str, paths: Sequence[Path], role: Role = "reward") -> list[Score]:
+        """What `rate` says of the path up to each wanted step; a pass costs a token per character that is new."""
+        self.info(role)
+        await checkpoint()
+        self.scored.append((question, tuple(paths)))
+        return [self._score(path) for path in paths]
+
+    def _score(self, path: Path) -> Score:
+        ends = range(path.known + 1, len(path.steps) + 1)
+        known = len("".join(path.steps[: path.known]))
+        return Score(tuple(self._rate(path.steps[:end]) for end in ends), len("".join(path.steps)), known)
 
     def step(self) -> None:
         """Give every live stream its next token(s), read or not."""

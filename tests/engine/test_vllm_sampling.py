@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from math import exp, log
 from typing import Any
 
 import pytest
@@ -117,36 +116,6 @@ def test_log_probabilities_come_only_when_asked_for(portal: BlockingPortal, back
                 assert len(top) == 3
                 assert top[0] == (token, logprob)
                 assert [value for _, value in top] == sorted((value for _, value in top), reverse=True)
-
-    portal.call(scenario)
-
-
-def test_score_is_the_log_probability_of_each_candidate(portal: BlockingPortal, backend: VllmBackend) -> None:
-    """Scores equal what generation reports for the same tokens, and single-token scores are a distribution's."""
-
-    async def scenario() -> None:
-        deltas = await run(backend, Job(PROMPT, 3, Sampling(temperature=0.0), logprobs=0))
-        chain, total = tokens(deltas), sum(value for delta in deltas for value in delta.logprobs)
-        engine = backend.engine("score")
-        assert await engine.score(PROMPT, [chain, chain[:1], ()], "target") == pytest.approx(
-            [total, deltas[0].logprobs[0], 0.0], abs=0.05
-        )
-        everything = await engine.score(PROMPT, [(token,) for token in range(backend.info.vocab_size)], "target")
-        assert log(sum(exp(value) for value in everything)) == pytest.approx(0.0, abs=0.02)
-
-    portal.call(scenario)
-
-
-def test_scoring_beside_a_chain_leaves_its_alternatives_alone(portal: BlockingPortal, backend: VllmBackend) -> None:
-    """Alternatives of a chain are the same with and without scoring in the same batch."""
-    job = Job(PROMPT, 60, Sampling(temperature=0.0), logprobs=4)
-
-    async def scenario() -> None:
-        alone = [top for delta in await run(backend, job) for top in delta.top]
-        scoring = asyncio.ensure_future(backend.engine("score").score(PROMPT, [(t, t, t) for t in range(30)], "target"))
-        beside = [top for delta in await run(backend, job) for top in delta.top]
-        await scoring
-        assert [[token for token, _ in top] for top in beside] == [[token for token, _ in top] for top in alone]
 
     portal.call(scenario)
 

@@ -12,7 +12,7 @@ from anyio.lowlevel import checkpoint
 from thinkserve.server.answer_stops import AnswerStops
 from thinkserve.server.limits import LimitedEngine
 from thinkserve.strategies import registry
-from thinkserve.strategies.engine import Engine, Finish, Job, Task
+from thinkserve.strategies.engine import Engine, Finish, Job, Path, Score, Task
 from thinkserve.strategies.testing import Recorder, ScriptedEngine
 
 pytestmark = pytest.mark.anyio
@@ -134,10 +134,10 @@ async def test_there_is_no_score_after_the_end() -> None:
     """A number made up would be wrong, so the caller is told that time is over."""
     engine = ScriptedEngine(["a"], roles=("target", "reward"))
     limited = LimitedEngine(engine)
-    assert await limited.score((1,), [(2,)], "reward") == [0.0]
+    assert await limited.score("why?", [Path(("a",))]) == [Score((0.0,), tokens=1)]
     limited.end("deadline")
     with pytest.raises(TimeoutError):
-        await limited.score((1,), [(2,)], "reward")
+        await limited.score("why?", [Path(("a",))])
 
 
 @pytest.mark.parametrize("name", ["majority", "short-m-at-k"])

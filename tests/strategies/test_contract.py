@@ -5,7 +5,7 @@ Strategies run on ScriptedEngine; whoever has parameters `k` or `m` is tried wit
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -25,10 +25,12 @@ from thinkserve.strategies.engine import (
     Event,
     Job,
     ModelInfo,
+    Path,
     Phase,
     Piece,
     Role,
     Sampling,
+    Score,
     Stream,
     Task,
     Tokens,
@@ -132,9 +134,13 @@ class Meter:
         """Counted segment by segment."""
         yield ResubmittedChain(self._counted, job, self.info(job.role))
 
-    async def score(self, prompt: Tokens, candidates: Sequence[Tokens], role: Role) -> list[float]:
+    async def render(self, messages: Sequence[Mapping[str, str]], role: Role = "target") -> Tokens:
         """Passed on."""
-        return await self.inner.score(prompt, candidates, role)
+        return await self.inner.render(messages, role)
+
+    async def score(self, question: str, paths: Sequence[Path], role: Role = "reward") -> list[Score]:
+        """Passed on."""
+        return await self.inner.score(question, paths, role)
 
     @asynccontextmanager
     async def _counted(self, job: Job) -> AsyncIterator[Stream]:

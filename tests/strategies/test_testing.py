@@ -7,7 +7,7 @@ from dataclasses import replace
 import anyio
 import pytest
 
-from thinkserve.strategies.engine import Delta, Finish, Job, Sampling, Stream, Tokens
+from thinkserve.strategies.engine import Delta, Finish, Job, Path, Sampling, Score, Stream, Tokens
 from thinkserve.strategies.errors import EngineFailed, Unsupported
 from thinkserve.strategies.testing import SCRIPTED, ScriptedEngine
 
@@ -197,15 +197,21 @@ async def test_a_job_that_continues_another_goes_on_with_its_script() -> None:
     assert "other" == (await run(engine, Job(prompt, 99, seed=6)))[0]
 
 
-async def test_scores_come_from_the_table_and_are_recorded() -> None:
-    """Unknown candidates score 0; unknown roles are refused."""
-    engine = ScriptedEngine([""], roles=("target", "reward"), scores={"good": 1.5})
-    candidates = [engine.encode("good"), engine.encode("bad")]
+async def test_scores_come_from_the_function_and_are_recorded() -> None:
+    """One reward per step that is not known yet; unknown roles are refused."""
+    engine = ScriptedEngine([""], roles=("target", "reward"), rate=lambda steps: len(steps) / 10)
+    paths = [Path(("one", "two")), Path(("one", "two", "three"), known=2)]
 
-    assert [1.5, 0.0] == await engine.score((9,), candidates, "reward")
-    assert [((9,), tuple(candidates), "reward")] == engine.scored
+    assert [Score((0.1, 0.2), tokens=6), Score((0.3,), tokens=11, cached=6)] == await engine.score("why?", paths)
+    assert [("why?", tuple(paths))] == engine.scored
     with pytest.raises(Unsupported):
-        await engine.score((9,), candidates, "verifier")
+        await engine.score("why?", paths, "verifier")
+
+
+async def test_a_chat_is_rendered_with_thinking_closed() -> None:
+    """So that the reply begins with its answer."""
+    engine = ScriptedEngine([""])
+    assert engine.encode("user: Yes?\n<think></think>") == await engine.render([{"role": "user", "content": "Yes?"}])
 
 
 async def test_alternatives_come_when_asked_for() -> None:

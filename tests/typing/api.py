@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from thinkserve.strategies.engine import Answer, Delta, Emit, Engine, Event, Finish, Piece, Task
+from thinkserve.strategies.engine import Answer, Delta, Emit, Engine, Event, Finish, Path, Piece, Score, Task
 from thinkserve.strategies.registry import Options, strategy
 from thinkserve.strategies.testing import Recorder, ScriptedEngine, play
 from thinkserve.strategies.text import answer_of
@@ -40,8 +40,8 @@ async def twice(task: Task, engine: Engine, emit: Emit, options: Options) -> Ans
     async with engine.chain(task.job()) as chain:
         async with chain.segment(64, until=engine.encode("\n")) as draft:
             deltas: list[Delta] = [delta async for delta in draft]
-        scores: list[float] = await engine.score(task.prompt, [chain.tokens], "reward")
-        if scores[0] < 0.5:
+        scores: list[Score] = await engine.score(task.question, [Path((engine.decode(chain.tokens),))])
+        if scores[0].rewards[0] < 0.5:
             chain.inject(engine.encode("Wait, "))
         async with chain.segment(64) as rest:
             deltas += [delta async for delta in rest]

@@ -5,11 +5,23 @@ The segments of a chain are streams like any other, so a subclass that overrides
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 
-from thinkserve.strategies.engine import Chain, Control, Detokenizer, Engine, Job, ModelInfo, Role, Stream, Tokens
+from thinkserve.strategies.engine import (
+    Chain,
+    Control,
+    Detokenizer,
+    Engine,
+    Job,
+    ModelInfo,
+    Path,
+    Role,
+    Score,
+    Stream,
+    Tokens,
+)
 
 Open = Callable[[Job], AbstractAsyncContextManager[Stream]]
 
@@ -50,9 +62,13 @@ class Around:
         async with self._inner.chain(job) as chain:
             yield _Chain(chain, job, self)
 
-    async def score(self, prompt: Tokens, candidates: Sequence[Tokens], role: Role) -> list[float]:
-        """One number per candidate."""
-        return await self._inner.score(prompt, candidates, role)
+    async def render(self, messages: Sequence[Mapping[str, str]], role: Role = "target") -> Tokens:
+        """A chat as the role's model wants it."""
+        return await self._inner.render(messages, role)
+
+    async def score(self, question: str, paths: Sequence[Path], role: Role = "reward") -> list[Score]:
+        """What the reward model says of each path."""
+        return await self._inner.score(question, paths, role)
 
 
 class _Chain:
