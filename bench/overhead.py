@@ -1,10 +1,8 @@
-"""What token statistics cost: the same batch with and without them in turns, in one process on one engine.
+"""What something inside the engine costs: the same batch with and without it in turns, in one process.
 
-    python bench/stats_overhead.py [--quick] [--model DIR] [--rows 1 8 32]
-
-A round runs `rows` seeded chains to their ends in both ways, the order swapped from round to round; both ways must draw
-the same tokens. Beside tokens per second stands processor time per token (server and engine core), which other work on
-the machine disturbs less. Prints the machine, a table and, as the last line, one JSON document.
+A round runs `rows` seeded chains of one length in every way, the order rotating from round to round, one way at a time.
+Ways that must not change what is drawn are held to it. Beside tokens per second stands processor time per token (server
+and engine cores), which other work on the machine disturbs less.
 """
 
 from __future__ import annotations
@@ -13,17 +11,26 @@ import argparse
 import asyncio
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bench.harness import machine, table, versions
+from bench.harness import ROOT, machine, table, versions
 from bench.stats import Interval, paired_ratio
 from thinkserve.server.settings import Settings
-from thinkserve.server.vllm_engine import VllmBackend, create
+from thinkserve.server.vllm_engine import VllmBackend
 from thinkserve.strategies.engine import Job, Sampling, Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way to run a job on a backend. A `neutral` way draws the same tokens as the first of its table."""
+
+    backend: VllmBackend
+    write: Callable[[VllmBackend, Job], Awaitable[Tokens]]
+    neutral: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,18 +49,17 @@ class Round:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of one number of rows: tokens per second without and with statistics, and how much more each token costs.
+    """Of one number of rows: tokens per second of each way, and what a token costs against the first of them.
 
     `wall` and `cpu` compare means over rounds; `best` the processor time of the cheapest round of each way.
     """
 
     rows: int
     rounds: int
-    plain: float
-    asked: float
-    wall: Interval
-    cpu: Interval
-    best: float
+    speed: dict[str, float]
+    wall: dict[str, Interval]
+    cpu: dict[str, Interval]
+    best: dict[str, float]
 
 
 def processor_time(backend: VllmBackend) -> float:
@@ -63,83 +69,90 @@ def processor_time(backend: VllmBackend) -> float:
     return time.process_time() + sum(int(path.read_text().split()[0]) for path in tasks) / 1e9
 
 
-async def write(backend: VllmBackend, job: Job) -> Tokens:
-    """The tokens of a job."""
-    tokens: list[int] = []
-    async with backend.engine("bench").generate(job) as stream:
-        async for delta in stream:
-            tokens += delta.tokens
-            if job.stats != bool(delta.stats) and delta.tokens:
-                raise SystemExit("statistics do not come as asked")
-    return tuple(tokens)
-
-
-async def once(backend: VllmBackend, rows: int, most: int, seed: int, *, stats: bool) -> Round:
+async def once(way: Way, rows: int, most: int, seed: int) -> Round:
     """One way of one round."""
+    backend = way.backend
     prompt = (*backend.engine("p").encode("317*46="), *backend.info.think_open)
     no_end = Sampling(temperature=0.7, logit_bias=tuple((token, -100.0) for token in backend.info.eos))
-    jobs = [Job(prompt, most, no_end, seed=seed * 1000 + row, stats=stats) for row in range(rows)]
+    jobs = [Job(prompt, most, no_end, seed=seed * 1000 + row) for row in range(rows)]
     cpu, wall = processor_time(backend), time.perf_counter()
-    tokens = await asyncio.gather(*(write(backend, job) for job in jobs))
+    tokens = await asyncio.gather(*(way.write(backend, job) for job in jobs))
     return Round(time.perf_counter() - wall, processor_time(backend) - cpu, tuple(tokens))
 
 
-async def measure(backend: VllmBackend, rows: int, most: int, rounds: int) -> Cost:
-    """Both ways in turns; the first round of each warms up and does not count."""
-    plain: list[Round] = []
-    asked: list[Round] = []
+async def measure(ways: Mapping[str, Way], rows: int, most: int, rounds: int) -> Cost:
+    """All ways in turns; the first round of each warms up and does not count. SystemExit if a neutral way is not."""
+    names = list(ways)
+    found: dict[str, list[Round]] = {name: [] for name in names}
     for seed in range(rounds + 1):
-        for stats in (seed % 2 == 0, seed % 2 == 1):
-            (asked if stats else plain).append(await once(backend, rows, most, seed, stats=stats))
-        if plain[-1].tokens != asked[-1].tokens:
-            raise SystemExit(f"{rows} rows: statistics changed what was drawn")
-    del plain[0], asked[0]
-
-    def each(of: Sequence[Round], name: str) -> list[float]:
-        return [getattr(one, name) / one.count for one in of]
-
-    wall = paired_ratio(each(asked, "wall"), each(plain, "wall"))
-    cpu = paired_ratio(each(asked, "cpu"), each(plain, "cpu"))
-    best = min(each(asked, "cpu")) / min(each(plain, "cpu"))
-    return Cost(rows, rounds, _speed(plain), _speed(asked), wall, cpu, best)
+        at = seed % len(names)
+        for name in names[at:] + names[:at]:
+            found[name].append(await once(ways[name], rows, most, seed))
+        for name, way in ways.items():
+            if way.neutral and found[name][-1].tokens != found[names[0]][-1].tokens:
+                raise SystemExit(f"{rows} rows: {name} changed what was drawn")
+    return _cost({name: of[1:] for name, of in found.items()}, rows)
 
 
-def _speed(of: Sequence[Round]) -> float:
-    return sum(one.count for one in of) / sum(one.wall for one in of)
+def _cost(found: Mapping[str, Sequence[Round]], rows: int) -> Cost:
+    base, *others = found
 
+    def each(name: str, what: str) -> list[float]:
+        return [getattr(one, what) / one.count for one in found[name]]
 
-async def bench(options: argparse.Namespace) -> list[Cost]:
-    """Start the engine and measure every number of rows."""
-    backend = await create(Settings(**({"model": options.model} if options.model else {}), kv_cache_gib=0.25))
-    try:
-        return [await measure(backend, rows, options.tokens, options.rounds) for rows in options.rows]
-    finally:
-        await backend.aclose()
+    return Cost(
+        rows,
+        len(found[base]),
+        {name: sum(one.count for one in of) / sum(one.wall for one in of) for name, of in found.items()},
+        {name: paired_ratio(each(name, "wall"), each(base, "wall")) for name in others},
+        {name: paired_ratio(each(name, "cpu"), each(base, "cpu")) for name in others},
+        {name: min(each(name, "cpu")) / min(each(base, "cpu")) for name in others},
+    )
 
 
 def report(costs: Sequence[Cost]) -> str:
     """The table."""
-    header = ("rows", "tok/s without", "tok/s with", "wall per token", "processor time per token", "its best round")
+    ways = list(costs[0].speed)
+    per_way = [f"{way}: {what}" for way in ways[1:] for what in ("wall", "cpu", "best cpu")]
     lines = [
-        (f"{each.rows}", f"{each.plain:.0f}", f"{each.asked:.0f}", f"x {each.wall:.3f}", f"x {each.cpu:.3f}")
-        for each in costs
-    ]
-    return table(header, [(*line, f"x {each.best:.3f}") for line, each in zip(lines, costs, strict=True)])
+        [str(cost.rows), *(f"{cost.speed[way]:.0f}" for way in ways)]
+        + [text for way in ways[1:] for text in (f"x {cost.wall[way]:.3f}", f"x {cost.cpu[way]:.3f}",
+                                                 f"x {cost.best[way]:.3f}")]
+        for cost in costs
+    ]  # fmt: skip
+    return table(["rows", *(f"{way}: tok/s" for way in ways), *per_way], lines)
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description="What token statistics cost.")
-    parser.add_argument("--model", help="model folder; default: the embedded one")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--quick", action="store_true", help="3 rounds of 48 tokens: does it work here?")
-    options = parser.parse_args()
+def parser(description: str) -> argparse.ArgumentParser:
+    """The options that every such measurement has."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--model", help="model folder; default: the embedded one")
+    made.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])
+    made.add_argument("--rounds", type=int, default=20)
+    made.add_argument("--tokens", type=int, default=128)
+    made.add_argument("--quick", action="store_true", help="3 rounds of 48 tokens, nothing kept: does it work here?")
+    return made
+
+
+def settings_of(options: argparse.Namespace) -> Settings:
+    """Of an engine under test."""
+    return Settings(**({"model": options.model} if options.model else {}), kv_cache_gib=0.25)
+
+
+def main(name: str, options: argparse.Namespace, bench: Callable[[argparse.Namespace], Awaitable[list[Cost]]]) -> None:
+    """Measure, print the machine, a table and one JSON line, and keep the last two in `results/`."""
     if options.quick:
         options.rounds, options.tokens = 3, 48
-    costs = asyncio.run(bench(options))
-    found: dict[str, Any] = {"date": datetime.now(UTC).date().isoformat(), "machine": machine(), "versions": versions()}
-    print(found["machine"])
-    print(report(costs))
-    print(json.dumps(found | {"model": options.model, "tokens": options.tokens, "costs": list(map(asdict, costs))}))
+
+    async def run() -> list[Cost]:
+        return await bench(options)
+
+    costs = asyncio.run(run())
+    date, shown = datetime.now(UTC).date().isoformat(), report(costs)
+    found: dict[str, Any] = {"date": date, "machine": machine(), "versions": versions(), "options": vars(options)}
+    data = found | {"costs": list(map(asdict, costs))}
+    print(found["machine"], shown, json.dumps(data), sep="\n")
+    if not options.quick:
+        kept = ROOT / "bench" / "results" / f"{date}-{name}"
+        Path(f"{kept}.md").write_text(f"machine: {found['machine']}\n\n{shown}\n")
+        Path(f"{kept}.json").write_text(json.dumps(data, indent=1) + "\n")

@@ -8,6 +8,6 @@ from pathlib import Path
 if __name__ == "__main__":
     here = Path(__file__).resolve().parent
     sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != here] + [str(here.parent)]
-    from bench.overhead import main
+    from bench.token_stats import main
 
     main()

@@ -1,0 +1,122 @@
+"""Search against sampling at equal cost: accuracy, tokens and scorer passes of every method at several budgets.
+
+    PYTHONSAFEPATH=1 .venv/bin/python bench/search.py            # 300 hard problems, arith-small with arith-prm
+    PYTHONSAFEPATH=1 .venv/bin/python bench/search.py --quick    # does it work here?
+    PYTHONSAFEPATH=1 .venv/bin/python bench/search.py --method a-star --method best-of-n --chains 8
+
+Run as a file. A budget is a number of chains' worth: methods that fix their number of solutions get that number, A*,
+which does not, gets as many tokens as so many plain chains take on average (measured first). Rows are resumable.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import anyio
+import typer
+
+if __name__ == "__main__":
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != here] + [str(here.parent)]
+
+from bench import stats
+from bench.chart import Series, chart
+from bench.harness import ROOT, Journal
+from bench.inprocess import Asked, Measured, Row, Run, measure, served, verdict
+from bench.tasks import Problem, load
+
+BUDGETS = (4, 8, 16, 32)
+# How each method is told its number of chains; A*, whose cost is its own, gets a ceiling of tokens instead.
+METHODS: Mapping[str, str] = {
+    "majority": "k", "best-of-n": "k", "weighted-vote": "k", "beam": "n", "dvts": "n", "rebase": "width",
+    "particle": "n", "a-star": "",
+}  # fmt: skip
+# The milestone's target: best-of-8's accuracy with this share of its tokens, and with fewer scorer passes.
+MOST_TOKENS = 1 / 3
+HEADER = ("method", "chains", "accuracy", "tokens", "scorer passes", "scorer tokens", "from cache", "wall s")
+TARGETS = ("expected", "target", "measured", "verdict")
+
+
+def row_of(method: str, chains: int, mean: float) -> Row:
+    """The row of a method at a budget of `chains` chains of `mean` tokens."""
+    name = METHODS[method]
+    told: dict[str, Any] = {"name": method, "params": {name: chains} if name else {}}
+    if not name:
+        told["max_total_tokens"] = round(chains * mean)
+    return Row(f"{method}@{chains}", {"strategy": told})
+
+
+async def bench(
+    model: str, methods: Sequence[str], budgets: Sequence[int], problems: Sequence[Problem], asked: Asked, kept: Journal
+) -> list[Measured]:
+    """All rows, plain chains first."""
+    async with served(model=model) as client:
+        done = [await measure(client, Row("single"), problems, asked, kept)]
+        for chains in budgets:
+            for method in methods:
+                row = row_of(method, chains, done[0].mean("total"))
+                done.append(await measure(client, row, problems, asked, kept))
+                print(*cells(done[-1]), file=sys.stderr, flush=True)
+        return done
+
+
+def cells(each: Measured) -> list[str]:
+    """A line of the table."""
+    method, _, chains = each.row.name.partition("@")
+    numbers = [f"{each.mean(name):.0f}" for name in ("total", "prm_passes", "prm_tokens")]
+    cached = f"{each.mean('cache_hit_ratio'):.2f}"
+    return [method, chains or "1", f"{each.accuracy:.3f}", *numbers, cached, f"{each.mean('wall_s'):.1f}"]
+
+
+def verdicts(done: Sequence[Measured]) -> list[list[str]]:
+    """Whether A*, at the budget where it first is as accurate as best-of-8, spends as little as expected."""
+    by_name = {each.row.name: each for each in done}
+    best, searches = by_name.get("best-of-n@8"), [each for each in done if each.row.name.startswith("a-star@")]
+    if best is None or not searches:
+        return []
+    reached = [each for each in searches if each.accuracy.value >= best.accuracy.value]
+    one = min(reached or searches, key=lambda each: each.mean("total"))
+    tokens = stats.paired_ratio(one.values("total"), best.values("total"))
+    passes = stats.paired_ratio(one.values("prm_passes"), best.values("prm_passes"))
+    name = f"{one.row.name} against best-of-n@8"
+    return [
+        [f"{name}: accuracy", f">= {best.accuracy.value:.3f}", f"{one.accuracy:.3f}", verdict(bool(reached))],
+        [f"{name}: tokens", f"<= {MOST_TOKENS:.2f}", f"{tokens:.2f}", verdict(tokens.value <= MOST_TOKENS)],
+        [f"{name}: scorer passes", "< 1", f"{passes:.2f}", verdict(passes.value < 1)],
+    ]
+
+
+def plot(done: Sequence[Measured]) -> str:
+    """Accuracy against generated tokens, as SVG."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for each in done:
+        lines.setdefault(each.row.name.partition("@")[0], []).append((each.mean("total"), each.accuracy.value))
+    return chart([Series(name, sorted(points)) for name, points in lines.items()], "generated tokens", "accuracy")
+
+
+def command(
+    model: Annotated[str, typer.Option(help="Model directory.")] = str(ROOT / "models/arith-small"),
+    problems: Annotated[int, typer.Option(min=1)] = 300,
+    level: str = "hard",
+    method: Annotated[list[str] | None, typer.Option(help="One method; may be repeated.")] = None,
+    chains: Annotated[list[int] | None, typer.Option(help="One budget; may be repeated.")] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Problems at work at once.")] = 16,
+    out: Annotated[Path, typer.Option(help="Folder of the table, the JSON and the plot.")] = ROOT / "bench/results",
+    quick: Annotated[bool, typer.Option("--quick", help="8 problems, one budget; nothing is written.")] = False,
+) -> None:
+    """Measure, print the tables and one line of JSON, and keep both with the plot."""
+    methods, budgets = method or list(METHODS), (4,) if quick else tuple(chains or BUDGETS)
+    count, asked = 8 if quick else problems, Asked(concurrency, temperature=0.8)
+    told = {"problems": count, "level": level, **asdict(asked)}
+    run = Run("search", model, told)
+    done = anyio.run(bench, model, methods, budgets, load(level, count, asked.seed), asked, run.journal())
+    rows = list(map(cells, done))
+    run.publish([(HEADER, rows), (TARGETS, verdicts(done))], plot(done), None if quick else out)
+
+
+if __name__ == "__main__":
+    typer.run(command)
