@@ -11,9 +11,10 @@ import sys
 from collections.abc import Mapping
 
 from bench.servers import Launch
+from thinkserve.server.deployment import CPU_KV_GIB
 from thinkserve.server.model_dir import find_model
 from thinkserve.server.settings import Settings
-from thinkserve.server.vllm_launch import CPU_KV_GIB, dtype
+from thinkserve.server.vllm_args import dtype
 
 
 def vllm_server(model: str, *, cpu: bool) -> Launch:

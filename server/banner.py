@@ -10,7 +10,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from time import monotonic
 
@@ -19,10 +19,32 @@ from rich.live import Live
 from rich.text import Text
 
 from thinkserve.server import __version__
+from thinkserve.server.deployment import Deployment
+from thinkserve.server.plan import ServedModel
+from thinkserve.strategies.engine import Role
 
 EVERY_S = 0.1
 QUESTION = "Start with 17. Add 48. Multiply by 3. What is the result?"
 EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - what to call when the server listens everywhere
+
+
+def loading_models(console: Console, deployment: Deployment, cpu: bool) -> None:
+    """Print what is about to be loaded, one line per model."""
+    for place in deployment.local:
+        model, megabytes = place.model, round(place.model.weight_bytes / 1e6)
+        cache = f"{place.gpu_share:.0%} of its memory" if place.kv_gib is None else f"{place.kv_gib:g} GiB of KV cache"
+        device = "CPU" if cpu else "GPU"
+        line = f"loading {place.name} ({model.architecture}, {megabytes} MB) on {device} with {cache}"
+        console.print(Text(line), soft_wrap=True)
+
+
+def loaded_models(console: Console, deployment: Deployment, models: Mapping[Role, ServedModel]) -> None:
+    """Print which model serves which role, and how many tokens its cache holds."""
+    for place in deployment.local:
+        held = f"{models[place.roles[0]].kv_tokens:,} tokens of cache"
+        console.print(Text(f"  {', '.join(place.roles)}: {place.name}, {held}"), soft_wrap=True)
+    for remote in deployment.remote:
+        console.print(Text(f"  {remote.role}: {models[remote.role].info.name} at {remote.url}"), soft_wrap=True)
 
 
 class Loading:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from thinkserve.strategies import registry
 
+WIDEST = 24
 COLUMNS = ("strategy", "parameters", "what it does", "reference")
 
 
@@ -20,8 +21,9 @@ def rows() -> Iterator[tuple[str, str, str, str]]:
 
 
 def written(value: object) -> str:
-    """A default on one line."""
-    return str(value).replace("\n", "\\n")
+    """A default on one line; what would not fit stands in `/v1/strategies`."""
+    text = str(value).replace("\n", "\\n")
+    return text if len(text) <= WIDEST else "..."
 
 
 def markdown() -> str:

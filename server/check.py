@@ -13,7 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from thinkserve.server import __version__
-from thinkserve.server.model_dir import StartError, find_model
+from thinkserve.server.deployment import plan_models
+from thinkserve.server.model_dir import StartError
 from thinkserve.server.preflight import check_libraries, check_names
 from thinkserve.server.settings import Settings
 from thinkserve.server.vllm_launch import is_cpu_build
@@ -39,7 +40,7 @@ def findings(settings: Settings) -> Iterator[Finding]:
     yield Finding("cores", str(cores()))
     yield _memory()
     yield Finding("gpu", ", ".join(gpus()) or "none")
-    yield from _model(settings)
+    yield from _models(settings)
     yield _port(settings)
 
 
@@ -90,15 +91,23 @@ def _memory() -> Finding:
     return Finding("memory", f"{free:.1f} GiB free of {total:.1f}", ok=free >= NEEDED_GIB)
 
 
-def _model(settings: Settings) -> Iterator[Finding]:
+def _models(settings: Settings) -> Iterator[Finding]:
     try:
-        model = find_model(settings.model)
-        size = f"{model.weight_bytes / 1e6:.1f} MB"
-        yield Finding("model", f"{model.name} ({model.architecture}, {size}) in {model.path}")
-        check_names(settings, settings.served_name or model.name)
-        yield Finding("presets", ", ".join(settings.presets) or "none")
+        deployment = plan_models(settings, is_cpu_build())
     except StartError as error:
         yield Finding("model", str(error), ok=False)
+        return
+    for place in deployment.local:
+        model, size = place.model, f"{place.model.weight_bytes / 1e6:.1f} MB"
+        name = "model" if place.roles == ("target",) else ", ".join(place.roles)
+        yield Finding(name, f"{place.name} ({model.architecture}, {size}) in {model.path}")
+    for remote in deployment.remote:
+        yield Finding(remote.role, remote.url)
+    try:
+        check_names(settings, deployment.target.name)
+        yield Finding("presets", ", ".join(settings.presets) or "none")
+    except StartError as error:
+        yield Finding("presets", str(error), ok=False)
 
 
 def _port(settings: Settings) -> Finding:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -21,6 +21,7 @@ from thinkserve.server.settings import Effort, Settings
 from thinkserve.server.validation import from_pydantic, nearest
 from thinkserve.strategies import registry
 from thinkserve.strategies.errors import BadOptions, UnknownStrategy
+from thinkserve.strategies.modifiers import Layer, Modifier, modifiers
 from thinkserve.strategies.registry import Options, Strategy
 
 HEADER = "X-Reasoning-Strategy"
@@ -28,13 +29,17 @@ HEADER = "X-Reasoning-Strategy"
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A strategy with checked options; `where` is the field that chose it, `param` where its parameters stand."""
+    """A strategy with checked options; `where` is the field that chose it, `param` where its parameters stand.
+
+    `over` are the modifiers below it, the first one next to it; only the body can name any.
+    """
 
     strategy: Strategy
     options: Options
     where: str
     param: str = "strategy.params"
     preset: str | None = None
+    over: tuple[Layer, ...] = ()
 
     def written(self) -> str:
         """The choice as it appears in the response header: every effective parameter."""
@@ -99,8 +104,24 @@ def resolve(
     return Choice(strategy, options, where, param, name if preset else None)
 
 
-def checked(strategy: Strategy, params: Mapping[str, Any], param: str = "strategy.params") -> Options:
-    """The strategy's options. Raises ApiError 400 that points below `param`."""
+def layers(chat: ChatRequest) -> tuple[Layer, ...]:
+    """The modifiers that the body asks for. Raises ApiError 400 that points below `strategy.over`."""
+    known, found = modifiers(), list[Layer]()
+    for index, asked in enumerate(chat.choice.over if chat.choice else ()):
+        where = f"strategy.over.{index}"
+        modifier = known.get(asked.name)
+        if modifier is None:
+            hint = f"{nearest(asked.name, known)} Available: {', '.join(known)}."
+            message = f"Unknown modifier {clean(asked.name)!r}.{hint}"
+            raise ApiError(400, "unknown_modifier", message, param=f"{where}.name")
+        if any(layer.modifier is modifier for layer in found):
+            raise ApiError(400, "value_out_of_range", f"Each modifier may be named once: {asked.name}.", param=where)
+        found.append(Layer(modifier, checked(modifier, asked.params, f"{where}.params")))
+    return tuple(found)
+
+
+def checked(strategy: Strategy | Modifier, params: Mapping[str, Any], param: str = "strategy.params") -> Options:
+    """The options of a strategy or modifier. Raises ApiError 400 that points below `param`."""
     try:
         # By way of JSON, because only there does strict mode take a list for a tuple or a string for an enum.
         return strategy.options.model_validate_json(json.dumps(params))
@@ -132,7 +153,7 @@ def check_settings(settings: Settings, served: str) -> None:
 def _explicit(chat: ChatRequest, headers: Sequence[str], preset: str | None, settings: Settings) -> Iterable[Choice]:
     if chat.choice is not None:
         where = "strategy" if isinstance(chat.strategy, str) else "strategy.name"
-        yield resolve(chat.choice.name, chat.choice.params, settings, where=where)
+        yield replace(resolve(chat.choice.name, chat.choice.params, settings, where=where), over=layers(chat))
     if chat.reasoning is not None and chat.reasoning.mode is not None:
         yield resolve(chat.reasoning.mode, {}, settings, where="reasoning.mode")
     if headers:

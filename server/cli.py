@@ -78,7 +78,7 @@ def check_config(config: Config) -> None:
     from thinkserve.server.preflight import check as preflight
 
     checked = preflight(config.settings)
-    print(f"ok: {checked.served} from {checked.model.path}, {len(config.origin)} settings set")
+    print(f"ok: {checked.served} from {checked.deployment.target.model.path}, {len(config.origin)} settings set")
 
 
 @app.command()

@@ -11,6 +11,7 @@ from typing import Any
 
 from thinkserve.server.budget import ladder
 from thinkserve.server.errors import ApiError, clean
+from thinkserve.server.modifier_types import ModifierCard
 from thinkserve.server.plan import Backend
 from thinkserve.server.settings import Preset, Settings
 from thinkserve.server.translate import Serving, missing_roles, served_name
@@ -18,6 +19,7 @@ from thinkserve.server.validation import nearest
 from thinkserve.server.wire_types import ModelCard, ModelList, ReasoningCard, StrategyCard, StrategyList
 from thinkserve.strategies import registry
 from thinkserve.strategies.errors import UnknownStrategy
+from thinkserve.strategies.modifiers import Modifier, modifiers
 from thinkserve.strategies.registry import Strategy
 
 SUPPORTED = [
@@ -44,8 +46,9 @@ def model(serving: Serving, created: int, name: str) -> ModelCard:
 
 
 def strategies(serving: Serving) -> StrategyList:
-    """Cards of all registered strategies."""
-    return {"object": "list", "data": [strategy(serving, name) for name in registry.names()]}
+    """Cards of all registered strategies and modifiers."""
+    layers = [modifier_card(serving, entry) for entry in modifiers().values()]
+    return {"object": "list", "data": [strategy(serving, name) for name in registry.names()], "modifiers": layers}
 
 
 def strategy(serving: Serving, name: str) -> StrategyCard:
@@ -83,8 +86,26 @@ def strategy_card(serving: Serving, entry: Strategy) -> StrategyCard:
             "logprobs": supports.logprobs,
             "seed": supports.seed,
             "steer": serving.backend.vectors is not None,
+            "over": [
+                each.id for each in modifiers().values() if supports.over and not missing_roles(each, serving.backend)
+            ],
         },
         "presets": [key for key, preset in serving.settings.presets.items() if _means(preset, entry)],
+        "reference": entry.reference,
+    }
+
+
+def modifier_card(serving: Serving, entry: Modifier) -> ModifierCard:
+    """What a client needs to know to put a modifier below a strategy here."""
+    return {
+        "id": entry.id,
+        "object": "modifier",
+        "title": entry.title,
+        "summary": entry.summary,
+        "params_schema": params_schema(entry),
+        "defaults": entry.defaults,
+        "requires": [REQUIRES[role] for role in entry.roles if role in REQUIRES],
+        "available": not missing_roles(entry, serving.backend),
         "reference": entry.reference,
     }
 
@@ -93,11 +114,13 @@ def unavailable(entry: Strategy, backend: Backend) -> str | None:
     """Why a strategy cannot run here; None when it can."""
     if missing := missing_roles(entry, backend):
         return f"no model is configured for: {', '.join(missing)}"
+    if gone := [role for role in entry.roles if not backend.roles[role].alive]:
+        return f"not available at the moment: {', '.join(gone)}"
     return "the engine does not steer" if "steering" in entry.needs and backend.vectors is None else None
 
 
-def params_schema(entry: Strategy) -> dict[str, Any]:
-    """JSON Schema 2020-12 of a strategy's parameters."""
+def params_schema(entry: Strategy | Modifier) -> dict[str, Any]:
+    """JSON Schema 2020-12 of the parameters of a strategy or modifier."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **entry.options.model_json_schema()}
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
+from thinkserve.strategies.engine import Role
 from thinkserve.strategies.errors import BadOptions, EngineDead, EngineFailed, TooLong, UnknownStrategy, Unsupported
 
 NO_RETRY = {"x-should-retry": "false"}
@@ -45,6 +46,14 @@ def body(error: ApiError) -> dict[str, object]:
 def retry_after(low: int = 1, high: int = 5) -> dict[str, str]:
     """A `Retry-After` header with jitter, so that clients do not come back all at once."""
     return {"Retry-After": str(random.randint(low, high))}
+
+
+class RoleDown(EngineFailed):
+    """The model of one role is gone; what needs no other model than the target is still served."""
+
+    def __init__(self, role: Role) -> None:
+        super().__init__(f"The model that serves the role {role!r} is not available.")
+        self.role = role
 
 
 def from_exception(exc: BaseException, request_id: str) -> ApiError:
@@ -82,6 +91,11 @@ def _engine_dead() -> ApiError:
     return ApiError(503, "engine_unavailable", message, "overloaded_error", None, retry_after(5, 30))
 
 
+def _role_down(exc: RoleDown) -> ApiError:
+    code = "prm_unavailable" if exc.role == "reward" else "engine_unavailable"
+    return ApiError(503, code, str(exc), "overloaded_error", None, retry_after(5, 30))
+
+
 def _engine_failed(request_id: str) -> ApiError:
     message = f"The engine could not finish this request; request id {request_id}."
     return ApiError(500, "internal_error", message, "server_error", None, NO_RETRY)
@@ -110,6 +124,7 @@ TABLE: tuple[tuple[type[BaseException], Callable[[Any, str], ApiError]], ...] = 
     (UnknownStrategy, lambda exc, _: ApiError(400, "unknown_strategy", str(exc), param="strategy")),
     (Unsupported, lambda exc, _: _unsupported(exc)),
     (TooLong, lambda exc, _: ApiError(400, "context_length_exceeded", str(exc), param="messages")),
+    (RoleDown, lambda exc, _: _role_down(exc)),
     (EngineDead, lambda *_: _engine_dead()),
     (EngineFailed, lambda _, request_id: _engine_failed(request_id)),
     (TimeoutError, lambda *_: _deadline()),

@@ -28,6 +28,7 @@ from thinkserve.server.probes import watch_lag
 from thinkserve.server.runner import GRACE_S
 from thinkserve.server.settings import Settings
 from thinkserve.server.state import ServerState
+from thinkserve.strategies.engine import Role
 
 logger = logging.getLogger("thinkserve")
 
@@ -110,12 +111,19 @@ class Server:
                 self.stop()
 
     async def _watch_engine(self) -> None:
+        told = set[Role]()
         while True:
             await sleep(1.0)
             if self._uvicorn.should_exit:
                 return
             if not self.state.backend.alive:
                 break
+            lost = {role for role, model in self.state.backend.roles.items() if not model.alive}
+            for role in sorted(lost - told):
+                logger.error(
+                    "the model that serves the role %s is gone; strategies that need it are not available", role
+                )
+            told = lost
         logger.error("the engine is gone; the server ends")
         self._exit = 1
         self.state.admission.drain()

@@ -1,4 +1,4 @@
-"""MeteredEngine: what a request cost, chain by chain, as the engine counted it.
+"""MeteredEngine: what a request cost, chain by chain and model by model, as the engines counted it.
 
 Tokens that were sampled but never read are included: a stream's own count is taken after its block has been left. Jobs
 that continue an earlier one (same role and seed, a longer prompt) and the segments of a chain are one chain.
@@ -6,13 +6,14 @@ that continue an earlier one (same role and seed, a longer prompt) and the segme
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from thinkserve.server.metrics import Metrics
 from thinkserve.strategies.around import Around, Open
-from thinkserve.strategies.engine import Delta, Engine, Finish, Job, Role, Stream, Tokens
+from thinkserve.strategies.engine import Delta, Engine, Finish, Job, Path, Role, Score, Stream, Tokens
 from thinkserve.strategies.errors import EngineFailed
 from thinkserve.strategies.streams import Through
 
@@ -39,13 +40,27 @@ class Tally:
         return same and len(job.prompt) > len(self.prompt) and job.prompt[: len(self.prompt)] == self.prompt
 
 
+@dataclass(slots=True)
+class Scored:
+    """What a reward model did: passes over paths, tokens in them, and how many of those were in its cache."""
+
+    passes: int = 0
+    tokens: int = 0
+    cached: int = 0
+
+
 class MeteredEngine(Around):
-    """Counts everything that is generated through it."""
+    """Counts everything that is generated and scored through it. `chains` are the target's."""
 
     def __init__(self, inner: Engine, metrics: Metrics) -> None:
         super().__init__(inner)
         self._metrics = metrics
         self.chains: list[Tally] = []
+        self.scored = Scored()
+        self.jobs: Counter[Role] = Counter()
+        self._helping: list[Tally] = []
+        self._submitted = 0
+        self._found = 0
 
     @property
     def finished(self) -> int:
@@ -55,27 +70,42 @@ class MeteredEngine(Around):
     @property
     def generated(self) -> int:
         """Tokens of all chains and roles; final once nothing is live."""
-        return sum(chain.generated for chain in self.chains)
+        return sum(self.by_role().values())
 
     @property
     def cached(self) -> int:
         """Prompt tokens that were in the cache before the request: what its first chain found."""
         return self.chains[0].cached if self.chains else 0
 
+    @property
+    def hit_ratio(self) -> float | None:
+        """The part of all jobs' prompt tokens that was found in a cache; None for a single job."""
+        return self._found / self._submitted if self.jobs.total() > 1 and self._submitted else None
+
     def by_role(self) -> dict[Role, int]:
         """Generated tokens per role."""
         totals: dict[Role, int] = {}
-        for chain in self.chains:
+        for chain in (*self.chains, *self._helping):
             totals[chain.role] = totals.get(chain.role, 0) + chain.generated
         return totals
+
+    async def score(self, question: str, paths: Sequence[Path], role: Role = "reward") -> list[Score]:
+        """What the reward model says, counted."""
+        scores = await super().score(question, paths, role)
+        self.scored.passes += sum(score.tokens > 0 for score in scores)
+        self.scored.tokens += sum(score.tokens for score in scores)
+        self.scored.cached += sum(score.cached for score in scores)
+        return scores
 
     @asynccontextmanager
     async def watch(self, open: Open, job: Job) -> AsyncIterator[Stream]:
         """Run a job and add its count to its chain."""
-        earlier = next((chain for chain in self.chains if chain.continues(job)), None)
+        chains = self.chains if job.role == "target" else self._helping
+        earlier = next((chain for chain in chains if chain.continues(job)), None)
         tally = earlier or Tally(job.role, job.seed, job.prompt)
         if earlier is None:
-            self.chains.append(tally)
+            chains.append(tally)
+        self.jobs[job.role] += 1
         tally.live, tally.finish = True, None
         stream: Stream | None = None
         self._metrics.chains_inflight.inc()
@@ -91,6 +121,8 @@ class MeteredEngine(Around):
             tally.live = False
             if stream is not None:
                 tally.generated += stream.generated
+                self._submitted += len(job.prompt)
+                self._found += stream.cached
                 tally.cached = stream.cached if earlier is None else tally.cached
 
 

@@ -43,6 +43,7 @@ class Metrics:
         self._requests = counter("requests_total", "Requests by how they ended.", "strategy", "outcome")
         self._chains = counter("chains_total", "Chains by how they ended.", "strategy", "end")
         self._tokens = counter("tokens_total", "Tokens by what became of them.", "strategy", "kind")
+        self._helpers = counter("helper_tokens_total", "Tokens of the other models.", "strategy", "role")
         self._rejections = counter("admission_rejections_total", "Requests turned away.", "reason")
         self._disconnects = counter("client_disconnects_total", "Clients that left early.", "phase")
         self.auth_failures = counter("auth_failures_total", "Requests without a valid key.")
@@ -73,6 +74,10 @@ class Metrics:
         kinds = {"prompt": usage.prompt_tokens, "visible": visible, "reasoning": winner - visible}
         for kind, count in {**kinds, "wasted": usage.wasted_tokens}.items():
             self._tokens.labels(strategy, kind).inc(count)
+        helpers = {"guide": usage.draft_tokens, "reward": usage.prm_tokens, "verifier": usage.verifier_tokens}
+        for role, count in helpers.items():
+            if count:
+                self._helpers.labels(strategy, role).inc(count)
         if usage.ttft_ms is not None:
             self._ttft.labels(strategy).observe(usage.ttft_ms / 1000)
 

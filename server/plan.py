@@ -1,7 +1,7 @@
 """The few types that cross the server's inner borders: what was decided at the edge, what it cost, what came out.
 
 `Plan` goes from the wire (protocol, choice, translate) to the runner; `Outcome` comes back. `Backend` is what the
-server needs of a model beyond the Engine protocol. No algorithms, no wire format.
+server needs of its models beyond the Engine protocol. No algorithms, no wire format.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from thinkserve.server.vectors import VectorRegistry
-from thinkserve.strategies.engine import Answer, Control, Engine, ModelInfo, Phase, Sampling, Task, Tokens
+from thinkserve.strategies.engine import Answer, Control, Engine, ModelInfo, Phase, Role, Sampling, Task, Tokens
+from thinkserve.strategies.modifiers import Layer
 from thinkserve.strategies.registry import Options, Strategy, StreamMode
 
 
@@ -23,42 +24,30 @@ class Rendered:
     phase: Phase | None
 
 
-class Backend(Protocol):
-    """A served model: an engine per request, the chat template, and its health."""
+class ServedModel(Protocol):
+    """A model that serves some role: in a process of this server's or on another server.
+
+    Its engines are asked as the target's are, whichever role it serves here (`server/roles.py` knows); a reward model's
+    can do nothing but `score`, and all others cannot.
+    """
 
     @property
     def info(self) -> ModelInfo:
-        """Facts about the target model."""
-        ...
-
-    @property
-    def defaults(self) -> Sampling:
-        """How tokens are drawn where a request says nothing: the model's generation_config."""
+        """Facts about the model."""
         ...
 
     @property
     def kv_tokens(self) -> int:
-        """How many tokens the key-value cache can hold: the capacity that admission divides."""
+        """How many tokens the key-value cache can hold; 0 when that is another server's concern."""
         ...
 
     @property
     def alive(self) -> bool:
-        """Whether the engine process is there; cheap."""
-        ...
-
-    @property
-    def vectors(self) -> VectorRegistry | None:
-        """Steering vectors by name; None when the engine cannot steer."""
+        """Whether the engine is there; cheap."""
         ...
 
     def engine(self, request_id: str, salt: str | None = None) -> Engine:
         """The Engine of one request: engine ids start with `request_id`, prefixes are shared within `salt` only."""
-        ...
-
-    async def render(
-        self, messages: Sequence[Mapping[str, Any]], *, thinking: bool | None = None, kwargs: Mapping[str, Any] = {}
-    ) -> Rendered:
-        """Apply the model's chat template off the event loop. Raises TooLong, BadOptions."""
         ...
 
     async def check(self) -> None:
@@ -70,11 +59,37 @@ class Backend(Protocol):
         ...
 
 
+class Backend(ServedModel, Protocol):
+    """All models of a server behind its target: an engine per request that serves every role, the chat template."""
+
+    @property
+    def roles(self) -> Mapping[Role, ServedModel]:
+        """The model that serves each role there is."""
+        ...
+
+    @property
+    def defaults(self) -> Sampling:
+        """How tokens are drawn where a request says nothing: the model's generation_config."""
+        ...
+
+    @property
+    def vectors(self) -> VectorRegistry | None:
+        """Steering vectors by name; None when the engine cannot steer."""
+        ...
+
+    async def render(
+        self, messages: Sequence[Mapping[str, Any]], *, thinking: bool | None = None, kwargs: Mapping[str, Any] = {}
+    ) -> Rendered:
+        """Apply the model's chat template off the event loop. Raises TooLong, BadOptions."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """One admitted request. `stop` strings act on the answer phase only; `timeout_s` bounds the whole request.
 
-    `controls` go on every job of the target model, beside those that the strategy sets itself.
+    `controls` go on every job of the target model, beside those that the strategy sets itself; `over` are the modifiers
+    that lie below it.
     """
 
     request_id: str
@@ -91,6 +106,7 @@ class Plan:
     include_reasoning: bool = True
     usage_scope: Literal["all", "winner"] = "all"
     controls: tuple[Control, ...] = ()
+    over: tuple[Layer, ...] = ()
 
     @property
     def cost(self) -> int:
@@ -100,7 +116,12 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens as the engine counted them; the prompt once, every generated token of every chain, lost ones included."""
+    """Tokens as the engines counted them; the prompt once, every generated token of every model, lost ones included.
+
+    Chains are the target's. `draft_tokens` and `verifier_tokens` are those of `completion_tokens` that guide and
+    verifier generated; `prm_tokens` is what the reward model read, cached tokens left out, in `prm_passes` passes.
+    `cache_hit_ratio` is the part of all jobs' prompts that was in the cache; None when there was one job only.
+    """
 
     prompt_tokens: int
     cached_tokens: int
@@ -112,6 +133,12 @@ class Usage:
     chains_aborted: int
     wall_ms: float
     ttft_ms: float | None
+    draft_tokens: int = 0
+    prm_tokens: int = 0
+    prm_passes: int = 0
+    verifier_calls: int = 0
+    verifier_tokens: int = 0
+    cache_hit_ratio: float | None = None
 
     @property
     def wasted_tokens(self) -> int:

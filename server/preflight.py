@@ -1,4 +1,4 @@
-"""Everything that can be wrong before the engine's slow imports: the operator is told within a second, in one line."""
+"""Everything that can be wrong before the engine's slow imports: the operator is told at once, in one line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from thinkserve.server.choice import check_settings
-from thinkserve.server.model_dir import ModelDir, StartError, find_model
+from thinkserve.server.deployment import Deployment, plan_models
+from thinkserve.server.model_dir import StartError
 from thinkserve.server.settings import Settings
 from thinkserve.server.vllm_launch import is_cpu_build
 
@@ -16,15 +17,19 @@ GPU_ONLY = ("gpu_memory_utilization", "tensor_parallel_size")
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What is known to be in order: the model's directory, its name on the wire, and which kind of engine there is."""
+    """What is known to be in order: the models, and which kind of engine there is."""
 
-    model: ModelDir
-    served: str
+    deployment: Deployment
     cpu: bool
+
+    @property
+    def served(self) -> str:
+        """The target's name on the wire."""
+        return self.deployment.target.name
 
 
 def check(settings: Settings) -> Checked:
-    """Check the engine, the model, the presets and the key file against each other. Raises StartError."""
+    """Check the engine, the models, the presets and the key file against each other. Raises StartError."""
     cpu = is_cpu_build()
     if cpu:
         _refuse_gpu_options(settings)
@@ -32,10 +37,9 @@ def check(settings: Settings) -> Checked:
     for name in ("api_keys_file", "admin_keys_file"):
         if (file := getattr(settings, name)) is not None:
             _check_keys(name, file)
-    model = find_model(settings.model)
-    served = settings.served_name or model.name
-    check_names(settings, served)
-    return Checked(model, served, cpu)
+    deployment = plan_models(settings, cpu)
+    check_names(settings, deployment.target.name)
+    return Checked(deployment, cpu)
 
 
 def check_names(settings: Settings, served: str) -> None:

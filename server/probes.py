@@ -34,11 +34,12 @@ async def livez() -> Response:
 
 @router.get("/readyz", summary="Whether new requests are taken")
 async def readyz(request: Request) -> Response:
-    """503 while draining or without an engine."""
+    """503 while draining or without the target's engine; `models` tells of every role."""
     state = state_of(request)
     alive, draining = state.backend.alive, state.admission.draining
     status = "draining" if draining else "ok" if alive else "engine_unavailable"
-    return JSONResponse({"status": status}, 200 if status == "ok" else 503)
+    models = {role: "ok" if model.alive else "unavailable" for role, model in state.backend.roles.items()}
+    return JSONResponse({"status": status, "models": models}, 200 if status == "ok" else 503)
 
 
 @router.get("/metrics", summary="Metrics of the server and of vLLM")

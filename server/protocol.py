@@ -23,6 +23,7 @@ MAX_MESSAGES = 4096
 MAX_BIASES = 1024
 MAX_STOP_CHARS = 256
 MAX_STEERS = 4
+MAX_OVER = 4
 MAX_SCALE = 10.0
 
 # Field -> values that ask for nothing; null always is one.
@@ -114,6 +115,15 @@ class SteerChoice(Wire):
         return scale
 
 
+class OverChoice(Wire):
+    """One modifier below the strategy: it changes every chain, whatever the strategy."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(description="Name of a modifier of this server.")
+    params: dict[str, Any] = Field(default_factory=dict[str, Any], description="Checked against the modifier's schema.")
+
+
 class StrategyChoice(Wire):
     """`strategy` as an object; a misspelt name is an error."""
 
@@ -128,6 +138,9 @@ class StrategyChoice(Wire):
     trace: Literal["none", "summary", "full"] | None = None
     steer: list[SteerChoice] = Field(
         default_factory=list[SteerChoice], max_length=MAX_STEERS, description="Steering vectors, added in this order."
+    )
+    over: list[OverChoice] = Field(
+        default_factory=list[OverChoice], max_length=MAX_OVER, description="Modifiers of its chains, from the top down."
     )
 
 
@@ -227,8 +240,9 @@ def parse_chat(body: dict[str, Any]) -> ChatRequest:
     try:
         chat = ChatRequest.model_validate(body)
     except ValidationError as error:
-        known = {f"strategy.steer.{index}": SteerChoice.model_fields for index in range(MAX_STEERS)}
-        raise from_pydantic(error, body, known={"strategy": StrategyChoice.model_fields, **known}) from None
+        steers = {f"strategy.steer.{index}": SteerChoice.model_fields for index in range(MAX_STEERS)}
+        layers = {f"strategy.over.{index}": OverChoice.model_fields for index in range(MAX_OVER)}
+        raise from_pydantic(error, body, known={"strategy": StrategyChoice.model_fields, **steers, **layers}) from None
     for name, neutral in REFUSED.items():
         value = body.get(name)
         if value is not None and not any(type(value) is type(one) and value == one for one in neutral):

@@ -6,6 +6,7 @@ Whatever happens - an answer, an error, a client that left - usage is counted an
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from time import monotonic
 
 from anyio import CancelScope, current_time
@@ -19,6 +20,7 @@ from thinkserve.server.plan import Backend, Outcome, Plan, Usage
 from thinkserve.server.request_log import RequestLog
 from thinkserve.server.steered import ControlledEngine
 from thinkserve.strategies.engine import Answer, Emit, Engine, Event, Piece
+from thinkserve.strategies.modifiers import layered
 
 # After its deadline a strategy has this long to decide with what it has.
 GRACE_S = 1.5
@@ -95,6 +97,8 @@ class Execution:
         self._cause: ApiError | None = None
         self._started = monotonic()
         self._emitted = _Emitted()
+        # Above the meter: what a modifier puts in is not generated.
+        self._engine, self._modified = layered(self.meter, plan.task, self._emitted, plan.over)
 
     def status(self) -> str:
         """Where the request stands, for people."""
@@ -104,6 +108,7 @@ class Execution:
     def usage(self) -> Usage:
         """What was spent up to now."""
         meter, out, generated = self.meter, self._emitted, self.meter.generated
+        by_role, scored = meter.by_role(), meter.scored
         # Tokens of ours in the answer (a forced end of thinking) were not generated.
         winner = min(out.tokens, generated)
         return Usage(
@@ -117,6 +122,12 @@ class Execution:
             chains_aborted=len(meter.chains) - meter.finished,
             wall_ms=(monotonic() - self._started) * 1000,
             ttft_ms=None if out.first is None else (out.first - self._started) * 1000,
+            draft_tokens=by_role.get("guide", 0),
+            prm_tokens=scored.tokens - scored.cached,
+            prm_passes=scored.passes,
+            verifier_calls=meter.jobs["verifier"],
+            verifier_tokens=by_role.get("verifier", 0),
+            cache_hit_ratio=meter.hit_ratio,
         )
 
     def decide(self) -> None:
@@ -136,7 +147,9 @@ class Execution:
             self._scope.deadline = current_time() + plan.timeout_s + GRACE_S
         try:
             with self._limits, self._scope:
-                return await plan.strategy.run(plan.task, self.meter, self._emitted, plan.options)
+                answer = await plan.strategy.run(plan.task, self._engine, self._emitted, plan.options)
+                warnings = (warning for each in self._modified for warning in each.warnings)
+                return replace(answer, warnings=(*answer.warnings, *warnings))
         except BaseExceptionGroup as group:
             raise _leading(group) from group
         raise self._cause or TimeoutError

@@ -17,6 +17,7 @@ from rich.console import Console
 from thinkserve.server import banner, logs
 from thinkserve.server.lifecycle import Server, reserve_socket
 from thinkserve.server.preflight import Checked, check
+from thinkserve.server.roles import create
 from thinkserve.server.settings import Settings
 
 
@@ -27,8 +28,7 @@ def run(settings: Settings, console: Console) -> int:
     listener = reserve_socket(settings.host, settings.port)
     os.register_at_fork(after_in_child=partial(_leave, listener))
     logs.set_up(settings.log_json)
-    megabytes, device = round(checked.model.weight_bytes / 1e6), "CPU" if checked.cpu else "GPU"
-    console.print(f"loading {checked.served} ({checked.model.architecture}, {megabytes} MB) on {device}")
+    banner.loading_models(console, checked.deployment, checked.cpu)
     return anyio.run(_serve, settings, checked, listener, console, begin, backend_options={"use_uvloop": True})
 
 
@@ -39,16 +39,15 @@ def _leave(listener: socket.socket) -> None:
 
 
 async def _serve(settings: Settings, checked: Checked, listener: socket.socket, console: Console, begin: float) -> int:
-    from thinkserve.server.vllm_engine import create
-
     with banner.loading(console):
-        backend = await create(settings)
+        backend = await create(settings, checked.deployment)
     server = Server(settings, backend, listener)
     url = banner.address(settings.host, listener.getsockname()[1])
     keyed = bool(settings.api_keys or settings.api_keys_file)
     preset = next(iter(settings.presets), None)
 
     def ready() -> None:
+        banner.loaded_models(console, checked.deployment, backend.roles)
         banner.started(console, url, checked.served, preset, monotonic() - begin, keyed)
 
     return await server.run(ready)

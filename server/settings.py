@@ -7,12 +7,13 @@ line.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+Helper = Literal["guide", "reward", "verifier"]
 
 
 class Preset(BaseModel):
@@ -23,6 +24,21 @@ class Preset(BaseModel):
     strategy: str
     params: dict[str, Any] = Field(default_factory=dict[str, Any])
     description: str = ""
+
+
+class RemoteModel(BaseModel):
+    """How a model on another server is reached, beyond its address."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    model: str | None = Field(None, description="Which of the server's models; default: the only one.")
+    key_env: str | None = Field(None, description="Environment variable that holds the API key.")
+    ca_file: Path | None = Field(None, description="Certificates to trust instead of the usual ones.")
+    connect_timeout_s: float = Field(5.0, gt=0, description="Longest wait for a connection, in seconds.")
+    read_timeout_s: float = Field(120.0, gt=0, description="Longest silence of the server, in seconds.")
+    retries: int = Field(2, ge=0, description="How often a request that failed is tried again.")
+    reward_format: str | None = Field(None, description="Family of a reward model that does not tell.")
+    begin: str = Field("", description="Text of the token that begins a sequence, if the tokenizer has one.")
 
 
 def default_presets() -> dict[str, Preset]:
@@ -41,6 +57,11 @@ class Settings(BaseSettings):
 
     model: str | None = Field(None, description="Directory or name of the model; default: the embedded arith-small.")
     served_name: str | None = Field(None, description="Name clients use; default: the last part of the model's path.")
+    guide: str | None = Field(
+        None, description="Model that helps thinking: directory, name, http(s) URL of a vLLM server, or 'none'."
+    )
+    reward: str | None = Field(None, description="Process reward model that scores steps: as guide.")
+    verifier: str | None = Field(None, description="Model that answers yes or no about thoughts: as guide.")
     host: str = Field("127.0.0.1", description="Address to bind.")
     port: int = Field(8000, ge=0, le=65535, description="Port to bind; 0 picks a free one.")
     api_keys: SecretStr | None = Field(None, description="Comma-separated API keys; unset: no authentication.")
@@ -70,13 +91,25 @@ class Settings(BaseSettings):
     drain_timeout_s: float = Field(120.0, ge=0, description="Seconds that requests may go on after SIGTERM.")
     log_json: bool = Field(False, description="One JSON line per request instead of text.")
     # Engine
+    remote: dict[Helper, RemoteModel] = Field(
+        default_factory=dict[Helper, RemoteModel],
+        description="For roles on other servers: how those are reached.",
+    )
     dtype: str = Field("auto", description="Weights' type in the engine.")
     max_model_len: int | None = Field(None, ge=16, description="Context in tokens; default: the model's own.")
     max_num_seqs: int = Field(128, ge=1, description="Most sequences decoded at once.")
     kv_cache_gib: float | None = Field(
-        None, gt=0, description="Size of the KV cache in GiB; default: 1 on a CPU, on a GPU what is left."
+        None,
+        gt=0,
+        description="Size of the model's KV cache in GiB; default: 1 on a CPU, on a GPU what its share holds.",
     )
-    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="Share of GPU memory if kv_cache_gib is unset.")
+    role_kv_gib: dict[Helper, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict[Helper, float],
+        description="The same for guide, reward and verifier; default: 0.5 on a CPU, on a GPU what the share holds.",
+    )
+    gpu_memory_utilization: float = Field(
+        0.9, gt=0, le=1, description="Share of GPU memory that all models take together, each by its weights and cache."
+    )
     tensor_parallel_size: int = Field(1, ge=1, description="GPUs per model.")
     enforce_eager: bool | None = Field(None, description="Skip torch.compile; default: on CPU yes, on GPU no.")
     reasoning_open: str = Field("<think>", description="Tag that opens thinking.")

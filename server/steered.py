@@ -50,6 +50,9 @@ class _Controlled:
     def inject(self, tokens: Tokens) -> None:
         self._inner.inject(tokens)
 
+    def drop(self, count: int) -> None:
+        self._inner.drop(count)
+
     def segment(
         self, max_tokens: int, until: Tokens = (), controls: tuple[Control, ...] | None = None
     ) -> AbstractAsyncContextManager[Stream]:

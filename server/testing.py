@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from thinkserve.server.plan import Rendered
+from thinkserve.server.plan import Rendered, ServedModel
 from thinkserve.server.vectors import VectorRegistry
-from thinkserve.strategies.engine import Engine, ModelInfo, Sampling
-from thinkserve.strategies.errors import EngineDead, TooLong
+from thinkserve.strategies.engine import Engine, ModelInfo, Role, Sampling
+from thinkserve.strategies.errors import EngineDead, TooLong, Unsupported
 from thinkserve.strategies.testing import ScriptedEngine
+
+ROLES: tuple[Role, ...] = ("target", "guide", "reward", "verifier")
 
 
 class ScriptedBackend:
@@ -31,6 +33,18 @@ class ScriptedBackend:
     def info(self) -> ModelInfo:
         """The engine's model."""
         return self.scripted.info()
+
+    @property
+    def roles(self) -> Mapping[Role, ServedModel]:
+        """The one engine, for each role that it was given."""
+        return dict.fromkeys((role for role in ROLES if self._serves(role)), self)
+
+    def _serves(self, role: Role) -> bool:
+        try:
+            self.scripted.info(role)
+        except Unsupported:
+            return False
+        return True
 
     @property
     def defaults(self) -> Sampling:

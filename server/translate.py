@@ -21,6 +21,7 @@ from thinkserve.server.steered import check_steer, foreign, invalid, to_steers
 from thinkserve.strategies.controls import Steer
 from thinkserve.strategies.engine import ModelInfo, Sampling, Task
 from thinkserve.strategies.errors import BadOptions, TooLong, Unsupported
+from thinkserve.strategies.modifiers import Modifier
 from thinkserve.strategies.registry import Strategy, StreamMode
 
 TIMEOUT_HEADER = "X-Request-Timeout-Ms"
@@ -63,6 +64,7 @@ async def to_plan(chat: ChatRequest, headers: Headers, serving: Serving, request
     settings, info = serving.settings, serving.backend.info
     choice = choose(chat, headers.getlist(HEADER), settings, served_name(serving))
     check_roles(choice.strategy, serving.backend)
+    check_over(choice, serving.backend)
     warnings = Warnings()
     sampling = to_sampling(chat, serving.backend.defaults, info, warnings)
     check_supports(chat, choice, sampling)
@@ -97,6 +99,7 @@ async def to_plan(chat: ChatRequest, headers: Headers, serving: Serving, request
         include_reasoning=includes_reasoning(chat),
         usage_scope=settings.usage_scope,
         controls=steers,
+        over=choice.over,
     )
 
 
@@ -106,8 +109,8 @@ def question(chat: ChatRequest) -> str:
     return asked[-1] if asked else ""
 
 
-def missing_roles(strategy: Strategy, backend: Backend) -> list[str]:
-    """Roles that the strategy needs and this deployment does not have."""
+def missing_roles(strategy: Strategy | Modifier, backend: Backend) -> list[str]:
+    """Roles that the strategy or modifier needs and this deployment does not have."""
     missing, engine = list[str](), backend.engine("probe")
     for role in strategy.roles:
         try:
@@ -122,6 +125,17 @@ def check_roles(strategy: Strategy, backend: Backend) -> None:
     if strategy.roles != ("target",) and (missing := missing_roles(strategy, backend)):
         message = f"Strategy {strategy.id!r} needs a model that is not configured: {', '.join(missing)}."
         raise ApiError(400, "strategy_unavailable", message, param="strategy")
+
+
+def check_over(choice: Choice, backend: Backend) -> None:
+    """ApiError 400 when modifiers cannot lie below the strategy, or need a model that is not configured."""
+    if choice.over and not choice.strategy.supports.over:
+        message = f"Strategy {choice.strategy.id!r} does not write whole chains that a modifier could act on."
+        raise ApiError(400, "unsupported_parameter", message, param="strategy.over")
+    for index, layer in enumerate(choice.over):
+        if missing := missing_roles(layer.modifier, backend):
+            message = f"Modifier {layer.modifier.id!r} needs a model that is not configured: {', '.join(missing)}."
+            raise ApiError(400, "strategy_unavailable", message, param=f"strategy.over.{index}")
 
 
 def check_supports(chat: ChatRequest, choice: Choice, sampling: Sampling) -> None:

@@ -9,17 +9,19 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import anyio
-import anyio.to_thread
 
-from thinkserve.server.model_dir import find_model
-from thinkserve.server.plan import Rendered
+from thinkserve.server.deployment import Local, target_alone
+from thinkserve.server.plan import Rendered, ServedModel
+from thinkserve.server.reward_formats import format_of
 from thinkserve.server.settings import Settings
 from thinkserve.server.vectors import VectorRegistry, Vectors, open_registry
 from thinkserve.server.vllm_controls import NOTHING, Continued, Steered, steering
 from thinkserve.server.vllm_guidance import guidance
+from thinkserve.server.vllm_launch import is_cpu_build, launch
+from thinkserve.server.vllm_served import Served
 from thinkserve.server.vllm_vectors import LoadedVectors
 from thinkserve.strategies.chain import ResubmittedChain
 from thinkserve.strategies.engine import (
@@ -34,55 +36,70 @@ from thinkserve.strategies.engine import (
     Stream,
     Tokens,
 )
-from thinkserve.strategies.errors import EngineDead, Unsupported
+from thinkserve.strategies.errors import Unsupported
 
 if TYPE_CHECKING:
     from thinkserve.server.vllm_render import Renderer
+    from thinkserve.server.vllm_reward import RewardBackend
 
 
 async def create(settings: Settings) -> VllmBackend:
-    """Start vLLM with the configured model and serve it a first request. Raises StartError.
+    """Start vLLM with the configured target alone and serve it a first request. Raises StartError.
 
     The event loop is blocked while vLLM is imported and started.
     """
-    model = find_model(settings.model)
-    from thinkserve.server.vllm_launch import launch
+    (backend,) = await start(settings, [target_alone(settings, is_cpu_build())])
+    return cast("VllmBackend", backend)
 
-    vectors = open_registry(settings, model)
-    llm = launch(settings, model)
+
+async def start(settings: Settings, places: Sequence[Local]) -> list[ServedModel]:
+    """Start an engine per model and serve each a first request. Raises StartError; then none is left running."""
+    vectors = [open_registry(settings, place.model) if place.target else None for place in places]
+    llms = launch(settings, places)
     try:
-        from thinkserve.server.vllm_render import Renderer
-
-        renderer = Renderer(llm, settings, settings.served_name or model.name)
-        backend = VllmBackend(llm, renderer, await llm.get_supported_tasks(), vectors)
-        await backend.warm_up()
+        backends = [await _serve(settings, *each) for each in zip(places, llms, vectors, strict=True)]
+        async with anyio.create_task_group() as group:
+            for backend in backends:
+                group.start_soon(backend.warm_up)
     except BaseException:
-        llm.shutdown(timeout=0)
+        for llm in llms:
+            llm.shutdown(timeout=0)
         raise
-    return backend
+    return list(backends)
 
 
-class VllmBackend:
-    """One served model. Everything here belongs to the event loop that `create` ran on."""
+async def _serve(
+    settings: Settings, place: Local, llm: Any, vectors: VectorRegistry | None
+) -> VllmBackend | RewardBackend:
+    from thinkserve.server.vllm_render import Renderer
+
+    renderer, tasks = Renderer(llm, settings, place.name), await llm.get_supported_tasks()
+    if "reward" not in place.roles:
+        return VllmBackend(llm, renderer, tasks, vectors)
+    from thinkserve.server.vllm_reward import RewardBackend
+
+    return RewardBackend(llm, renderer, tasks, format_of(place.model))
+
+
+class VllmBackend(Served):
+    """One served model. Everything here belongs to the event loop that it was started on."""
 
     def __init__(self, llm: Any, renderer: Renderer, tasks: Any, vectors: VectorRegistry | None) -> None:
-        from thinkserve.server.vllm_launch import STEERING_SLOTS
+        from thinkserve.server.vllm_args import STEERING_SLOTS
         from thinkserve.server.vllm_stream import VllmStream, sampling_params
 
+        super().__init__(llm, renderer)
         self.vectors = vectors
         self._loaded = LoadedVectors(self._call_steering, STEERING_SLOTS)
-        self._open: Any = llm
-        self._renderer = renderer
         self._tasks = tasks
         self._stream = VllmStream
         self._params = sampling_params
         self._serial = count()
 
     @property
-    def _llm(self) -> Any:
-        if self._open is None:
-            raise EngineDead("The engine has been stopped.")
-        return self._open
+    def roles(self) -> Mapping[Role, ServedModel]:
+        """Alone it is the target and nothing else."""
+        return {"target": self}
 
     @property
     def guides(self) -> bool:
@@ -95,37 +112,16 @@ class VllmBackend:
         return bool(self._llm.vllm_config.additional_config)
 
     @property
-    def info(self) -> ModelInfo:
-        """Facts about the target model."""
-        return self._renderer.info
-
-    @property
     def defaults(self) -> Sampling:
         """How tokens are drawn where a request says nothing: the model's generation_config."""
         found = self._llm.model_config.get_diff_sampling_param()
         known = {name: value for name, value in found.items() if name in Sampling.__dataclass_fields__}
         return Sampling(**known | {"top_k": max(known.get("top_k", 0), 0)})
 
-    @property
-    def kv_tokens(self) -> int:
-        """Tokens that the key-value cache holds; one block is vLLM's own."""
-        cache = self._llm.vllm_config.cache_config
-        return int((cache.num_gpu_blocks - 1) * cache.block_size)
-
-    @property
-    def alive(self) -> bool:
-        """Whether the engine process is there."""
-        return self._open is not None and not self._open.errored
-
-    @property
-    def unfinished(self) -> int:
-        """Jobs that vLLM is still to answer."""
-        return int(self._llm.output_processor.get_num_unfinished_requests())
-
     def engine(self, request_id: str, salt: str | None = None) -> VllmEngine:
         """The Engine of one request: engine ids start with `request_id`, prefixes are shared within `salt` only."""
         vectors = None if self.vectors is None else self.vectors.snapshot()
-        return VllmEngine(self, self._renderer, request_id, salt, vectors)
+        return VllmEngine(self, self.renderer, request_id, salt, vectors)
 
     def open(
         self, request_id: str, salt: str | None, job: Job, steered: Steered = NOTHING, **more: Any
@@ -156,7 +152,7 @@ class VllmBackend:
         kwargs: Mapping[str, Any] = {},
     ) -> Rendered:
         """Apply the model's chat template off the event loop. Raises TooLong, BadOptions."""
-        return await self._renderer.render(messages, thinking, kwargs)
+        return await self.renderer.render(messages, thinking, kwargs)
 
     async def warm_up(self) -> None:
         """Run one token of every kind through the engine, so that the first request does not pay for lazy set-up."""
@@ -172,25 +168,6 @@ class VllmBackend:
             async with self.open("warm-up", "warm-up", job) as stream:
                 async for _ in stream:
                     pass
-
-    async def check(self) -> None:
-        """Raise EngineDead when the engine cannot serve any more."""
-        if not self.alive:
-            raise EngineDead("The engine is gone.")
-
-    async def aclose(self) -> None:
-        """Stop the engine and its processes; streams that are still open end with EngineDead."""
-        llm, self._open = self._open, None
-        if llm is None:
-            return
-        llm.output_processor.propagate_error(EngineDead("The server is shutting down."))
-        # Ends vLLM's reader before its socket closes, which it would report as the death of the engine.
-        llm.output_handler.cancel()
-        with anyio.CancelScope(shield=True):
-            await anyio.to_thread.run_sync(lambda: llm.shutdown(timeout=5))
-            with anyio.move_on_after(1):
-                # vLLM has closed its sockets and leaves their context to the garbage collector, which complains.
-                await anyio.to_thread.run_sync(llm.engine_core.resources.ctx.term, abandon_on_cancel=True)
 
 
 class VllmEngine:

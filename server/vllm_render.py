@@ -19,10 +19,10 @@ from thinkserve.server.detokenizer import ByteDetokenizer, WindowDetokenizer, by
 from thinkserve.server.model_dir import StartError
 from thinkserve.server.plan import Rendered
 from thinkserve.server.settings import Settings
+from thinkserve.server.thinking import closing, phase_of
 from thinkserve.server.vllm_stream import engine_errors
-from thinkserve.strategies.engine import Detokenizer, ModelInfo, Phase, Tokens
+from thinkserve.strategies.engine import Detokenizer, ModelInfo, Tokens
 from thinkserve.strategies.errors import BadOptions, TooLong
-from thinkserve.strategies.text import last_tags
 
 # Names by which templates know the switch for thinking.
 _SWITCHES = ("enable_thinking", "thinking")
@@ -40,7 +40,10 @@ _RESERVED = frozenset(
 
 
 class Renderer:
-    """Tokenizer and chat template of the served model; its methods are safe to call from several threads."""
+    """Tokenizer and chat template of a model; its methods are safe to call from several threads.
+
+    `begin` is the text with which the tokenizer begins a sequence that is no chat, if any.
+    """
 
     def __init__(self, llm: Any, settings: Settings, name: str) -> None:
         self._renderer = llm.renderer
@@ -58,6 +61,7 @@ class Renderer:
         self._widest = max(len(text) for text in self._tokenizer.get_vocab(with_added_tokens=True))
         self._template = resolve_chat_template(tokenizer, None, None, model_config=llm.model_config)
         self._hf_tokenizer = tokenizer
+        self.begin = tokenizer.bos_token or ""
         self.info = self._model_info(llm, settings, name)
         self._limiter = anyio.CapacityLimiter(2)
 
@@ -146,22 +150,9 @@ class Renderer:
         if least >= self.info.context:
             raise TooLong(least, self.info.context)
         tokens = self.encode(text)
-        phase = self._phase(tokens)
-        if thinking is False and phase != "answer" and self.info.reasons:
-            tokens, phase = tokens + self._closing(phase), "answer"
+        phase = phase_of(self.info, tokens, lambda rest: not self.decode(rest).strip())
+        if thinking is False and (added := closing(self.info, phase, self.encode("\n\n"))):
+            tokens, phase = tokens + added, "answer"
         if len(tokens) >= self.info.context:
             raise TooLong(len(tokens), self.info.context)
         return Rendered(tokens, phase)
-
-    def _phase(self, tokens: Tokens) -> Phase | None:
-        """Where generation starts: behind an open tag, behind a closed one, or wherever the model likes."""
-        opened, closed = last_tags(self.info, tokens)
-        last = max(opened, closed)
-        if last < 0 or self.decode(tokens[last + 1 :]).strip():
-            return None
-        return "thinking" if opened > closed else "answer"
-
-    def _closing(self, phase: Phase | None) -> Tokens:
-        """What turns thinking off where the template has no switch: an empty think block."""
-        opening = () if phase == "thinking" else (*self.info.think_open, *self.encode("\n\n"))
-        return (*opening, *self.info.think_close, *self.encode("\n\n"))

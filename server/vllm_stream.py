@@ -19,17 +19,16 @@ from vllm.inputs.engine import tokens_input
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from thinkserve.server.thinking import vllm_budget
 from thinkserve.server.vllm_scheduler import said_of
 from thinkserve.server.vllm_worker import KEY, STATS
-from thinkserve.strategies.engine import Delta, Finish, Job, ModelInfo, TokenStats
+from thinkserve.strategies.engine import Delta, Finish, Job, ModelInfo, Tokens, TokenStats
 from thinkserve.strategies.errors import (
     BadOptions,
     EngineDead,
     EngineFailed,
     TooLong,
-    Unsupported,
 )
-from thinkserve.strategies.text import last_tags
 
 # vLLM's finish reasons that are ours too; "abort" and "error" are failures unless we aborted.
 _FINISH: Final[dict[str, Finish]] = {
@@ -76,7 +75,7 @@ def sampling_params(job: Job, info: ModelInfo, asked: dict[str, Any], **more: An
             include_stop_str_in_output=True,
             skip_special_tokens=False,
             detokenize=bool(job.stop),
-            thinking_token_budget=_thinking_budget(job, info),
+            thinking_token_budget=vllm_budget(job, info),
             logprobs=job.logprobs,
             flat_logprobs=True,
             output_kind=RequestOutputKind.DELTA,
@@ -86,68 +85,33 @@ def sampling_params(job: Job, info: ModelInfo, asked: dict[str, Any], **more: An
         )
 
 
-def _thinking_budget(job: Job, info: ModelInfo) -> int | None:
-    """vLLM counts from the last opening tag of the prompt; the job counts the tokens that are still to come."""
-    if job.thinking_budget is None:
-        return None
-    if job.thinking_budget < 0:
-        raise BadOptions("The thinking budget must not be negative.", "thinking_budget")
-    if not info.reasons:
-        raise Unsupported(
-            "This model does not mark its thinking, so it takes no thinking budget.",
-            "thinking_budget",
-        )
-    opened, closed = last_tags(info, job.prompt)
-    before = len(job.prompt) - opened - len(info.think_open) if opened > closed else 0
-    return job.thinking_budget + before
+class Submitted:
+    """Something in the engine: entering submits it, leaving aborts what has not ended; `put` takes vLLM's outputs."""
 
+    __slots__ = ("_ended", "_error", "_id", "_left", "_llm", "_params", "_salt", "_tasks", "_waiter")
 
-class VllmStream:
-    """A job in the engine: an async context manager, and the stream of its deltas."""
-
-    __slots__ = (
-        "_error", "_finish", "_id", "_job", "_left", "_llm", "_logprobs", "_params", "_said", "_salt", "_stats",
-        "_tasks", "_tokens", "_top", "_waiter", "cached",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        llm: Any,
-        tasks: Any,
-        engine_id: str,
-        *,
-        job: Job,
-        params: SamplingParams,
-        salt: str | None,
-    ) -> None:
+    def __init__(self, llm: Any, tasks: Any, engine_id: str, *, params: Any, salt: str | None) -> None:
         self._llm = llm
         self._tasks = tasks
         self._id = engine_id
-        self._job = job
         self._params = params
         self._salt = salt
-        self._tokens: list[int] = []
-        self._logprobs: list[float] = []
-        self._top: list[TopList] = []
-        self._said: list[TokenStats] = []
-        self._finish: str | None = None
         self._error: Exception | None = None
+        self._ended = False
         self._left = False
         self._waiter: asyncio.Future[None] | None = None
-        self._stats: Any = None
-        self.cached = 0
 
     @property
-    def generated(self) -> int:
-        """Tokens sampled so far, as vLLM counts them; final after the block."""
-        return 0 if self._stats is None else int(self._stats.num_generation_tokens)
+    def prompt(self) -> Tokens:
+        """What the engine reads."""
+        raise NotImplementedError
 
     async def __aenter__(self) -> Self:
         llm = self._llm
         if llm.errored:
             raise EngineDead("The engine is gone.")
         with engine_errors():
-            prompt = tokens_input(list(self._job.prompt), cache_salt=self._salt)
+            prompt = tokens_input(list(self.prompt), cache_salt=self._salt)
             request = llm.input_processor.process_inputs(self._id, prompt, self._params, self._tasks)
             request.external_req_id = self._id
             try:
@@ -168,28 +132,78 @@ class VllmStream:
 
     async def _abort(self) -> None:
         self._left = True
-        if self._finish is None and self._error is None:
+        if not self._ended and self._error is None:
             # vLLM forgets the request before its first await, so no token is counted from here on.
             with anyio.CancelScope(shield=True):
                 await self._llm.abort(self._id, internal=True)
 
     def put(self, output: Any) -> None:
-        """Called by vLLM's output processor with the tokens of one step, or with the error that ended the engine."""
+        """Called by vLLM's output processor with the output of one step, or with the error that ended the engine."""
         if isinstance(output, Exception):
             self._error = output
         else:
-            completion = output.outputs[0]
-            self._tokens += completion.token_ids
-            self._stats = output.metrics
-            self.cached = output.num_cached_tokens or 0
-            if completion.logprobs is not None:
-                self._take_logprobs(completion.logprobs)
-            if self._job.stats and (row := said_of(output).get(STATS)):
-                self._said.append(TokenStats(*row))
-            self._finish = completion.finish_reason
+            self.take(output)
         waiter = self._waiter
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
+
+    def take(self, output: Any) -> None:
+        """Keep what came; `_ended` is set once nothing more will."""
+        raise NotImplementedError
+
+    async def next_output(self) -> None:
+        """Return when `put` has been called again."""
+        self._waiter = asyncio.get_running_loop().create_future()
+        await self._waiter
+
+
+class VllmStream(Submitted):
+    """A job in the engine: an async context manager, and the stream of its deltas."""
+
+    __slots__ = ("_finish", "_job", "_logprobs", "_said", "_stats", "_tokens", "_top", "cached")
+
+    def __init__(
+        self,
+        llm: Any,
+        tasks: Any,
+        engine_id: str,
+        *,
+        job: Job,
+        params: SamplingParams,
+        salt: str | None,
+    ) -> None:
+        super().__init__(llm, tasks, engine_id, params=params, salt=salt)
+        self._job = job
+        self._tokens: list[int] = []
+        self._logprobs: list[float] = []
+        self._top: list[TopList] = []
+        self._said: list[TokenStats] = []
+        self._finish: str | None = None
+        self._stats: Any = None
+        self.cached = 0
+
+    @property
+    def prompt(self) -> Tokens:
+        """The job's."""
+        return self._job.prompt
+
+    @property
+    def generated(self) -> int:
+        """Tokens sampled so far, as vLLM counts them; final after the block."""
+        return 0 if self._stats is None else int(self._stats.num_generation_tokens)
+
+    def take(self, output: Any) -> None:
+        """The tokens of one step."""
+        completion = output.outputs[0]
+        self._tokens += completion.token_ids
+        self._stats = output.metrics
+        self.cached = output.num_cached_tokens or 0
+        if completion.logprobs is not None:
+            self._take_logprobs(completion.logprobs)
+        if self._job.stats and (row := said_of(output).get(STATS)):
+            self._said.append(TokenStats(*row))
+        self._finish = completion.finish_reason
+        self._ended = self._finish is not None
 
     def _take_logprobs(self, flat: Any) -> None:
         # Of each position the first entry is the sampled token, then come the alternatives, best first.
@@ -209,8 +223,7 @@ class VllmStream:
         if self._left:
             raise StopAsyncIteration
         while not self._tokens and self._finish is None and self._error is None:
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
+            await self.next_output()
         return self._next()
 
     def _next(self) -> Delta:

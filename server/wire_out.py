@@ -24,6 +24,7 @@ from thinkserve.server.wire_types import (
     FinishReason,
     Logprobs,
     StrategyReport,
+    StrategyUsage,
     TokenLogprob,
     UsageReport,
 )
@@ -140,7 +141,7 @@ class Chunks:
 def usage(plan: Plan, counts: Usage, answer: Answer | None) -> UsageReport:
     """The usage object; `answer` is None when the request ended before there was one."""
     completion = counts.completion_tokens if plan.usage_scope == "all" else counts.winner_tokens
-    return {
+    report: UsageReport = {
         "prompt_tokens": counts.prompt_tokens,
         "completion_tokens": completion,
         "total_tokens": counts.prompt_tokens + completion,
@@ -162,6 +163,20 @@ def usage(plan: Plan, counts: Usage, answer: Answer | None) -> UsageReport:
             "ttft_ms": None if counts.ttft_ms is None else round(counts.ttft_ms, 1),
         },
     }
+    _add_helpers(report["strategy"], counts)
+    return report
+
+
+def _add_helpers(spent: StrategyUsage, counts: Usage) -> None:
+    """What other models than the target did, if they did anything."""
+    if counts.draft_tokens:
+        spent["draft_tokens"] = counts.draft_tokens
+    if counts.prm_passes:
+        spent["prm_tokens"], spent["prm_passes"] = counts.prm_tokens, counts.prm_passes
+    if counts.verifier_calls:
+        spent["verifier_calls"], spent["verifier_tokens"] = counts.verifier_calls, counts.verifier_tokens
+    if counts.cache_hit_ratio is not None:
+        spent["cache_hit_ratio"] = round(counts.cache_hit_ratio, 4)
 
 
 def report(plan: Plan, answer: Answer) -> StrategyReport:
@@ -180,6 +195,11 @@ def report(plan: Plan, answer: Answer) -> StrategyReport:
     if steers:
         written["steer"] = [
             {"vector": s.vector, "scale": s.scale, "layers": list(s.layers), "positions": s.positions} for s in steers
+        ]
+    if plan.over:
+        params = [layer.options.model_dump(mode="json") for layer in plan.over]
+        written["over"] = [
+            {"name": layer.modifier.id, "params": each} for layer, each in zip(plan.over, params, strict=True)
         ]
     return written
 

@@ -8,6 +8,8 @@ from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict
 
+from thinkserve.server.modifier_types import ModifierCard, OverReport
+
 FinishReason = Literal["stop", "length"]
 
 
@@ -61,6 +63,7 @@ class StrategyReport(TypedDict):
     warnings: list[str]
     trace_id: str
     steer: NotRequired[list[SteerReport]]
+    over: NotRequired[list[OverReport]]
 
 
 class Chains(TypedDict):
@@ -72,7 +75,11 @@ class Chains(TypedDict):
 
 
 class StrategyUsage(TypedDict):
-    """Where the tokens went; repeats what clients need that keep nothing but `usage`."""
+    """Where the tokens went; repeats what clients need that keep nothing but `usage`.
+
+    Tokens that the guide (draft) and the verifier generated are part of the completion; those that the reward model
+    (prm) read are not. What another model did not do is left out, and so is the cache's share when one job ran.
+    """
 
     name: str
     winner: int | None
@@ -83,6 +90,12 @@ class StrategyUsage(TypedDict):
     chains: Chains
     wall_ms: float
     ttft_ms: float | None
+    draft_tokens: NotRequired[int]
+    prm_tokens: NotRequired[int]
+    prm_passes: NotRequired[int]
+    verifier_calls: NotRequired[int]
+    verifier_tokens: NotRequired[int]
+    cache_hit_ratio: NotRequired[float]
 
 
 class PromptDetails(TypedDict):
@@ -213,7 +226,7 @@ class ModelList(TypedDict):
 
 
 class SupportsCard(TypedDict):
-    """What a request may combine with a strategy."""
+    """What a request may combine with a strategy; `over` names the modifiers that may lie below it."""
 
     stream: list[str]
     n: bool
@@ -222,6 +235,7 @@ class SupportsCard(TypedDict):
     logprobs: bool
     seed: bool
     steer: bool
+    over: list[str]
 
 
 class StrategyCard(TypedDict):
@@ -245,10 +259,11 @@ class StrategyCard(TypedDict):
 
 
 class StrategyList(TypedDict):
-    """All strategies."""
+    """All strategies, and the modifiers that may lie below some of them."""
 
     object: Literal["list"]
     data: list[StrategyCard]
+    modifiers: list[ModifierCard]
 
 
 class ErrorDetail(TypedDict):

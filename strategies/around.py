@@ -82,6 +82,9 @@ class _Chain:
     def inject(self, tokens: Tokens) -> None:
         self._inner.inject(tokens)
 
+    def drop(self, count: int) -> None:
+        self._inner.drop(count)
+
     def segment(
         self, max_tokens: int, until: Tokens = (), controls: tuple[Control, ...] | None = None
     ) -> AbstractAsyncContextManager[Stream]:

@@ -20,10 +20,10 @@ from math import ceil
 from pydantic import Field
 
 from thinkserve.strategies.controls import Guide
-from thinkserve.strategies.engine import Answer, Chain, Delta, Emit, Engine, Event, Finish, Job, Task, Tokens
+from thinkserve.strategies.engine import Answer, Chain, Emit, Engine, Event, Finish, Job, Task, Tokens
 from thinkserve.strategies.errors import BadOptions
-from thinkserve.strategies.pieces import Transcript
-from thinkserve.strategies.registry import Options, strategy
+from thinkserve.strategies.pieces import Transcript, injected, write
+from thinkserve.strategies.registry import Options, Supports, strategy
 from thinkserve.strategies.single import STOPPED_BY
 
 
@@ -48,7 +48,13 @@ class GuidanceOptions(Options):
     )
 
 
-@strategy("budget-guidance", title="Budget guidance", options=GuidanceOptions, reference="arXiv:2506.13752")
+@strategy(
+    "budget-guidance",
+    title="Budget guidance",
+    options=GuidanceOptions,
+    reference="arXiv:2506.13752",
+    supports=Supports(over=True),
+)
 async def run(task: Task, engine: Engine, emit: Emit, options: GuidanceOptions) -> Answer:
     """One chain whose thinking is guided towards a length, and ended there if need be."""
     budget = options.budget or task.thinking_budget
@@ -65,7 +71,7 @@ async def run(task: Task, engine: Engine, emit: Emit, options: GuidanceOptions) 
             if transcript.phases.length == end and len(transcript.tokens) + len(lead_in) < job.max_tokens:
                 await emit(Event("budget.forced", 0, {"thinking": end}))
                 chain.inject(lead_in)
-                await _push(transcript, _ours(lead_in, job), emit)
+                await write(injected(lead_in, job.logprobs), transcript, emit)
             finish = await _write(chain, job, transcript, emit)
     await emit(Event("chain.finished", 0, {"tokens": len(transcript.tokens), "finish": finish}))
     return Answer(tuple(transcript.tokens), finish, stopped_by=STOPPED_BY.get(finish, "all_done"))
@@ -85,18 +91,5 @@ async def _write(chain: Chain, job: Job, transcript: Transcript, emit: Emit, unt
     async with chain.segment(job.max_tokens - len(transcript.tokens), until) as stream:
         async for delta in stream:
             finish = delta.finish or finish
-            await _push(transcript, delta, emit)
+            await write(delta, transcript, emit)
     return finish
-
-
-async def _push(transcript: Transcript, delta: Delta, emit: Emit) -> None:
-    transcript.push(delta)
-    for piece in transcript.take():
-        await emit(piece)
-
-
-def _ours(tokens: Tokens, job: Job) -> Delta:
-    """Tokens that nobody drew: certain, and without alternatives."""
-    if job.logprobs is None:
-        return Delta(tokens)
-    return Delta(tokens, (0.0,) * len(tokens), ((),) * len(tokens) if job.logprobs else ())

@@ -36,6 +36,10 @@ class ResubmittedChain:
         """Append tokens of ours; they are prompt to the next segment."""
         self._tokens.extend(tokens)
 
+    def drop(self, count: int) -> None:
+        """Forget the last tokens; they are no prompt to the next segment."""
+        del self._tokens[len(self._tokens) - count :]
+
     @asynccontextmanager
     async def segment(
         self, max_tokens: int, until: Tokens = (), controls: tuple[Control, ...] | None = None

@@ -14,7 +14,7 @@ from anyio.lowlevel import checkpoint
 
 from thinkserve.strategies.confidence import Mean
 from thinkserve.strategies.engine import Delta, Emit, Engine, Event, Finish, Job, Task
-from thinkserve.strategies.errors import EngineDead, EngineFailed, ReasoningError
+from thinkserve.strategies.errors import EngineDead, EngineFailed, leading
 from thinkserve.strategies.pieces import Transcript
 
 PROGRESS_TOKENS = 32
@@ -110,7 +110,7 @@ class Race:
                 for lane in self.lanes:
                     group.start_soon(self._follow, lane, on_finish, on_token)
         except BaseExceptionGroup as errors:
-            raise _first(errors) from errors
+            raise leading(errors) from errors
         failed = [lane.error for lane in self.lanes if lane.error is not None]
         if failed and not self.left():
             raise failed[0]
@@ -163,12 +163,3 @@ class Race:
         elif written >= lane.reported + PROGRESS_TOKENS:
             lane.reported = written
             await self.emit(Event("chain.progress", lane.index, lane.summary()))
-
-
-def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The error that matters of those that ended the chains: ours before others, the earliest of each."""
-    ours = errors.subgroup(ReasoningError)
-    found: BaseException = ours or errors
-    while isinstance(found, BaseExceptionGroup):
-        found = found.exceptions[0]
-    return found

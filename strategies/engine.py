@@ -1,8 +1,7 @@
 """The Engine protocol and its frozen types: all that a strategy may know of the machinery below it.
 
-The protocol is owned by its consumer, the strategies. Adapters (vLLM in process, a remote server, the scripted engine
-of tests) implement it, and every concern that applies to all of them (metering, ceilings, deadlines, stop strings,
-modifiers) is an Engine around an Engine.
+The protocol is owned by its consumer, the strategies. Adapters (vLLM in process, a remote server, the engine of
+tests) implement it; every concern of all of them (metering, ceilings, deadlines, modifiers) is an Engine around it.
 """
 
 from __future__ import annotations
@@ -130,12 +129,10 @@ class Stream(Protocol):
     @property
     def generated(self) -> int:
         """Tokens sampled so far; final after the block."""
-        ...
 
     @property
     def cached(self) -> int:
         """Prompt tokens found in the prefix cache."""
-        ...
 
     def __aiter__(self) -> Stream: ...
 
@@ -147,11 +144,9 @@ class Detokenizer(Protocol):
 
     def push(self, tokens: Sequence[int]) -> str:
         """Text that is now certain."""
-        ...
 
     def flush(self) -> str:
         """What was held back, at the end."""
-        ...
 
 
 class Chain(Protocol):
@@ -160,17 +155,17 @@ class Chain(Protocol):
     @property
     def tokens(self) -> Tokens:
         """Everything after the prompt, generated and injected."""
-        ...
 
     def segment(
         self, max_tokens: int, until: Tokens = (), controls: tuple[Control, ...] | None = None
     ) -> AbstractAsyncContextManager[Stream]:
         """Generate up to `max_tokens` or one of the `until` tokens (kept). Leaving the block ends the segment."""
-        ...
 
     def inject(self, tokens: Tokens) -> None:
         """Append tokens of ours; they are prompt to the next segment and are not counted as generated."""
-        ...
+
+    def drop(self, count: int) -> None:
+        """Between segments: forget the last `count` tokens. What was generated stays counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,35 +194,27 @@ class Engine(Protocol):
 
     def info(self, role: Role = "target") -> ModelInfo:
         """Facts about the model of a role. Raises Unsupported when the role is not configured."""
-        ...
 
     def encode(self, text: str, role: Role = "target") -> Tokens:
         """Token ids of plain text; no special tokens are added."""
-        ...
 
     def decode(self, tokens: Sequence[int], role: Role = "target") -> str:
         """Text of the tokens, special tokens left out."""
-        ...
 
     def detokenizer(self, role: Role = "target") -> Detokenizer:
         """A fresh incremental decoder whose pieces, concatenated, equal `decode` of all tokens."""
-        ...
 
     def generate(self, job: Job) -> AbstractAsyncContextManager[Stream]:
         """Run a job. Leaving the block, for any reason, ends the job in the engine."""
-        ...
 
     def chain(self, job: Job) -> AbstractAsyncContextManager[Chain]:
         """Open a chain on the job's prompt; `job.max_tokens` bounds all segments together."""
-        ...
 
     async def render(self, messages: Sequence[Mapping[str, str]], role: Role = "target") -> Tokens:
         """A chat as the role's model wants it, ready for its reply, thinking closed at once. Raises TooLong."""
-        ...
 
     async def score(self, question: str, paths: Sequence[Path], role: Role = "reward") -> list[Score]:
         """What the reward model says of each path, all in one batch. Raises Unsupported, EngineFailed."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,14 +239,8 @@ class Task:
 
     def job(self, index: int = 0) -> Job:
         """The job of chain `index`: same prompt and sampling, its own seed if the task has one."""
-        return Job(
-            prompt=self.prompt,
-            max_tokens=self.max_tokens,
-            sampling=self.sampling,
-            seed=None if self.seed is None else chain_seed(self.seed, index),
-            thinking_budget=self.thinking_budget,
-            logprobs=self.logprobs,
-        )
+        seed = None if self.seed is None else chain_seed(self.seed, index)
+        return Job(self.prompt, self.max_tokens, self.sampling, seed, self.thinking_budget, logprobs=self.logprobs)
 
 
 def chain_seed(seed: int, index: int) -> int:
@@ -270,8 +251,7 @@ def chain_seed(seed: int, index: int) -> int:
 
 EventType = Literal[
     "chain.started", "chain.progress", "chain.finished", "chain.aborted", "vote", "winner", "budget.forced",
-    "node.created", "node.scored", "node.expanded", "node.pruned", "steer.applied", "takeover", "verifier",
-    "error",
+    "node.created", "node.scored", "node.expanded", "node.pruned", "steer.applied", "takeover", "verifier", "error",
 ]  # fmt: skip
 
 
@@ -318,4 +298,3 @@ class Emit(Protocol):
 
     async def __call__(self, item: Piece | Event) -> None:
         """Hand on one item."""
-        ...

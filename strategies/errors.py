@@ -63,3 +63,11 @@ class EngineFailed(ReasoningError):
 
 class EngineDead(EngineFailed):
     """The engine process is gone; no request can be served any more."""
+
+
+def leading(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The error that stands for those that ended a task group: ours before others, the earliest of each."""
+    found: BaseException = errors.subgroup(ReasoningError) or errors
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    return found

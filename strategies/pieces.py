@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from thinkserve.strategies.engine import Delta, ModelInfo, Phase, Piece, Tokens
+from thinkserve.strategies.engine import Delta, Emit, ModelInfo, Phase, Piece, Tokens
 from thinkserve.strategies.text import Phases
 
 
@@ -51,3 +51,15 @@ class Transcript:
             self._runs[-1] = (phase, end)
         else:
             self._runs.append((phase, end))
+
+
+async def write(delta: Delta, transcript: Transcript, emit: Emit) -> None:
+    """Append a delta to a transcript and emit what it settles."""
+    transcript.push(delta)
+    for piece in transcript.take():
+        await emit(piece)
+
+
+def injected(tokens: Tokens, logprobs: int | None) -> Delta:
+    """Tokens that nobody drew: certain, so of log-probability 0, without alternatives; `logprobs` as in the Job."""
+    return Delta(tokens, (0.0,) * len(tokens), ((),) * len(tokens) if logprobs else ())

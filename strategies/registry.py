@@ -41,11 +41,15 @@ class Options(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Supports:
-    """What a request may combine with the strategy; shown in discovery and enforced at the edge."""
+    """What a request may combine with the strategy; shown in discovery and enforced at the edge.
+
+    `over`: its chains are whole jobs or chains of the engine, so that modifiers may lie below it.
+    """
 
     stream: tuple[StreamMode, ...] = ("winner", "none")
     logprobs: bool = True
     seed: bool = True
+    over: bool = False
 
 
 class Run(Protocol):
@@ -97,8 +101,7 @@ def strategy(
     needs: tuple[Need, ...] = (),
 ) -> Callable[[R], R]:
     """Register the decorated `run`; the first line of its docstring is the summary. ValueError on a bad or taken id."""
-    if not re.fullmatch(r"[a-z][a-z0-9-]{0,31}", id):
-        raise ValueError(f"strategy id {id!r} is not a slug")
+    slug(id)
 
     def register(run: R) -> R:
         summary = (run.__doc__ or "").strip().split("\n")[0]
@@ -111,6 +114,12 @@ def strategy(
         return run
 
     return register
+
+
+def slug(id: str) -> None:
+    """ValueError if an id is not what a header and a URL can carry."""
+    if not re.fullmatch(r"[a-z][a-z0-9-]{0,31}", id):
+        raise ValueError(f"id {id!r} is not a slug")
 
 
 @cache

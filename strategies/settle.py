@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from thinkserve.strategies.chains import Lane, Race
 from thinkserve.strategies.engine import Answer, Event, Finish, Piece, StoppedBy, Tokens
+from thinkserve.strategies.pieces import injected
 from thinkserve.strategies.text import answer_of
 from thinkserve.strategies.voting import Ballot, Verdict, vote
 
@@ -86,7 +87,8 @@ async def _force(race: Race, lane: Lane, room: int) -> Answer:
     kept = _cut(lane.transcript.take(), _limit(race) - room - len(info.think_close), info.eos)
     tokens = tuple(token for piece in kept for token in piece.tokens) + info.think_close
     await race.emit(Event("budget.forced", lane.index, {"tokens": len(tokens), "room": room}))
-    for piece in [*kept, _injected(info.think_close, race.task.logprobs)]:
+    close = injected(info.think_close, race.task.logprobs)
+    for piece in [*kept, Piece("thinking", close.tokens, close.logprobs, close.top)]:
         await race.emit(piece)
     finish: Finish = "stop"
     job = replace(lane.job, prompt=lane.job.prompt + tokens, max_tokens=room, thinking_budget=None)
@@ -128,11 +130,6 @@ def _cut(pieces: Sequence[Piece], count: int, eos: Tokens) -> list[Piece]:
         if ends:
             break
     return [piece for piece in kept if piece.tokens]
-
-
-def _injected(tokens: Tokens, alternatives: int | None) -> Piece:
-    """A piece of ours: certain, so its log-probability is 0, and there are no alternatives to it."""
-    return Piece("thinking", tokens, (0.0,) * len(tokens), () if alternatives is None else ((),) * len(tokens))
 
 
 def _stopped_by(race: Race, winner: Lane, short_of_members: bool) -> StoppedBy:

@@ -19,7 +19,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from thinkserve.strategies.chains import Lane, Race
 from thinkserve.strategies.engine import Answer, Emit, Engine, Task
-from thinkserve.strategies.registry import Options, strategy
+from thinkserve.strategies.registry import Options, Supports, strategy
 from thinkserve.strategies.settle import settle
 
 
@@ -53,7 +53,14 @@ class ShortOptions(Options):
         return self.k
 
 
-@strategy("short-m-at-k", title="short-m@k", options=ShortOptions, reference="arXiv:2505.17813", aliases=("short-m@k",))
+@strategy(
+    "short-m-at-k",
+    title="short-m@k",
+    options=ShortOptions,
+    reference="arXiv:2505.17813",
+    aliases=("short-m@k",),
+    supports=Supports(over=True),
+)
 async def run(task: Task, engine: Engine, emit: Emit, options: ShortOptions) -> Answer:
     """k chains; the first m to finish thinking vote, the others stop at once."""
     race = Race(task, engine, emit, options.k)

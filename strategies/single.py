@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from thinkserve.strategies.engine import Answer, Emit, Engine, Event, Finish, Job, Phase, StoppedBy, Task
-from thinkserve.strategies.pieces import Transcript
-from thinkserve.strategies.registry import Options, strategy
+from thinkserve.strategies.pieces import Transcript, write
+from thinkserve.strategies.registry import Options, Supports, strategy
 
 
 class SingleOptions(Options):
     """No parameters."""
 
 
-@strategy("single", options=SingleOptions)
+@strategy("single", options=SingleOptions, supports=Supports(over=True))
 async def run(task: Task, engine: Engine, emit: Emit, options: SingleOptions) -> Answer:
     """One chain, streamed as it is written."""
     return await stream_chain(task.job(), task.phase, engine, emit)
@@ -25,9 +25,7 @@ async def stream_chain(job: Job, phase: Phase | None, engine: Engine, emit: Emit
     async with engine.generate(job) as stream:
         async for delta in stream:
             finish = delta.finish or finish
-            transcript.push(delta)
-            for piece in transcript.take():
-                await emit(piece)
+            await write(delta, transcript, emit)
     await emit(Event("chain.finished", 0, {"tokens": len(transcript.tokens), "finish": finish}))
     return Answer(tuple(transcript.tokens), finish, stopped_by=STOPPED_BY.get(finish, "all_done"))
 

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from thinkserve.strategies.controls import Positions, Steer
 from thinkserve.strategies.engine import Answer, Control, Emit, Engine, Event, Task
-from thinkserve.strategies.registry import Options, strategy
+from thinkserve.strategies.registry import Options, Supports, strategy
 from thinkserve.strategies.single import stream_chain
 
 
@@ -38,7 +38,14 @@ class SteeringOptions(Options):
         return (Steer(self.vector, self.scale, self.layers or (), self.positions),)
 
 
-@strategy("steering", title="Steering", options=SteeringOptions, reference="arXiv:2507.04742", needs=("steering",))
+@strategy(
+    "steering",
+    title="Steering",
+    options=SteeringOptions,
+    reference="arXiv:2507.04742",
+    supports=Supports(over=True),
+    needs=("steering",),
+)
 async def run(task: Task, engine: Engine, emit: Emit, options: SteeringOptions) -> Answer:
     """One chain, steered towards shorter thinking by a vector added to its hidden states."""
     await emit(Event("steer.applied", 0, {"vector": options.vector, "scale": options.scale}))

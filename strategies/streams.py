@@ -64,3 +64,12 @@ class Ended:
         if finish is None:
             raise StopAsyncIteration
         return Delta(finish=finish)
+
+
+async def whole(stream: Stream) -> Delta:
+    """All that a stream says, read to its end."""
+    read = Delta()
+    async for new in stream:
+        top, stats, finish = read.top + new.top, read.stats + new.stats, new.finish or read.finish
+        read = Delta(read.tokens + new.tokens, read.logprobs + new.logprobs, top, finish, stats)
+    return read

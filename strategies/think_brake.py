@@ -18,10 +18,11 @@ from dataclasses import replace
 from pydantic import Field
 
 from thinkserve.strategies.confidence import close_margin
-from thinkserve.strategies.engine import Answer, Delta, Emit, Engine, Event, Finish, Job, Task, Tokens
+from thinkserve.strategies.engine import Answer, Delta, Emit, Engine, Event, Finish, Job, Task
 from thinkserve.strategies.errors import Unsupported
-from thinkserve.strategies.pieces import Transcript
+from thinkserve.strategies.pieces import Transcript, injected, write
 from thinkserve.strategies.registry import Options, strategy
+from thinkserve.strategies.sentences import Sentences
 from thinkserve.strategies.single import STOPPED_BY
 
 _CUT: frozenset[Finish | None] = frozenset({"ceiling", "deadline"})
@@ -51,7 +52,7 @@ async def run(task: Task, engine: Engine, emit: Emit, options: ThinkBrakeOptions
         written = tuple(chain.transcript.tokens)
         reason = f"thinking stopped after {len(written)} tokens: margin {chain.margin:.3f}"
         await emit(Event("budget.forced", 0, {"tokens": len(written), "margin": chain.margin}))
-        await chain.take(Delta(close, (0.0,), () if job.logprobs is None else ((),)))
+        await chain.take(injected(close, job.logprobs))
         prompt, room = job.prompt + written + close, task.max_tokens - len(written) - len(close)
         finish = await chain.follow(replace(job, prompt=prompt, max_tokens=room, thinking_budget=None, stats=False))
     tokens = tuple(chain.transcript.tokens)
@@ -84,9 +85,7 @@ class _Chain:
 
     async def take(self, delta: Delta) -> None:
         """Append tokens and emit what they settle."""
-        self.transcript.push(delta)
-        for piece in self.transcript.take():
-            await self._emit(piece)
+        await write(delta, self.transcript, self._emit)
 
     def _brake(self, step: Delta) -> float | None:
         """The margin of this step if thinking is to stop before it."""
@@ -98,23 +97,6 @@ class _Chain:
         late = len(self.transcript.tokens) + 1 >= self._most or step.finish in _CUT
         margin = close_margin(step.stats[0])
         return margin if ended and not early and not late and margin <= self._options.tau else None
-
-
-class Sentences:
-    """Follows a text token by token and knows, at each, whether a sentence or line ended before it."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._decoder = engine.detokenizer()
-        self._tail = ""
-
-    def ended(self, tokens: Tokens) -> bool:
-        """Whether the text before `tokens` ended a line or sentence; their own first character may tell."""
-        before, text = self._tail, self._decoder.push(tokens)
-        self._tail = (before + text)[-2:]
-        if before.endswith("\n"):
-            return True
-        last = before[:1] if before[1:].isspace() else before[-1:] if text[:1].isspace() else ""
-        return last in {".", "?", "!"}
 
 
 def _steps(delta: Delta) -> list[Delta]:

@@ -31,6 +31,7 @@ ALLOWED = {
 # and the problems with exact answers that steering vectors are made from on request.
 ALLOWED_TO = {
     "server/vllm_": {"vllm", "torch", "transformers", "numpy"},
+    "server/remote_": {"httpx"},
     "server/vllm_guidance.py": {"thinkserve.guidance"},
     "server/cli_budget.py": {"torch", "thinkserve.guidance"},
     "server/vllm_worker": {"thinkserve.kernels", "thinkserve.guidance"},

@@ -60,7 +60,7 @@ def test_the_command_explains_itself() -> None:
 def test_every_setting_is_an_option_except_secrets_and_nested_ones() -> None:
     """`serve --help` names them all, with their descriptions."""
     status, out, _ = command("serve", "--help")
-    no_option = {"model", "admin_keys", "api_keys", "presets", "effort_map"}
+    no_option = {"model", "admin_keys", "api_keys", "presets", "effort_map", "role_kv_gib", "remote"}
     options = {name for name in Settings.model_fields if f"--{name.replace('_', '-')} " in out}
 
     assert status == 0
@@ -93,6 +93,9 @@ def test_strategies_are_listed() -> None:
         (["serve", "--default-strategy", "majorty"], "Unknown strategy 'majorty'. Did you mean 'majority'?"),
         (["serve", "--tensor-parallel-size", "2"], "tensor_parallel_size needs a GPU"),
         (["serve", "--api-keys-file", "/nowhere"], "Cannot read api_keys_file /nowhere: No such file or directory"),
+        (["serve", "--guide", "/nowhere"], "Model directory not found: /nowhere"),
+        (["serve", "--guide", "http://me@host"], "guide: not the address of a server"),
+        (["serve", "--reward", "none/at/all"], "Model directory not found: none/at/all"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(arguments: list[str], expected: str, tmp_path: Path) -> None:
@@ -118,6 +121,9 @@ def test_a_mistake_on_the_command_line_is_one_line(arguments: list[str], expecte
         ("presets: {p: {stratgy: single}}", "Unknown setting presets.p.stratgy ({file}). Did you mean 'strategy'?"),
         ("presets: {p: {strategy: majority, params: {kk: 3}}}", "Unknown parameter presets.p.params.kk. Did you mean"),
         ("presets: {m: {strategy: single}}", "preset name 'm' is not a slug, or is the name of a served model"),
+        ("role_kv_gib: {target: 1}", "Setting role_kv_gib.target.[key] ({file}): input should be 'guide', 'reward' or"),
+        ("role_kv_gib: {guide: 0}", "Setting role_kv_gib.guide ({file}): input should be greater than 0"),
+        ("remote: {guide: {modle: x}}", "Unknown setting remote.guide.modle ({file})."),
         ("effort_map: {low: quick}", "effort_map: low names the unknown preset 'quick'"),
     ],
 )  # fmt: skip
@@ -194,6 +200,18 @@ def test_check_tells_what_is_wrong_and_what_is_right(tmp_path: Path) -> None:
 
     assert (1, True) == (bad[0], "no  model         Model directory not found: /nowhere" in bad[1])
     assert (0, True) == (good[0], f"ok  model         m (Qwen3ForCausalLM, 0.0 MB) in {model}" in good[1])
+
+
+def test_check_lists_the_models_of_all_roles(tmp_path: Path) -> None:
+    """Each with what it is for; a helper that does not fit is told as well."""
+    model, helper = str(model_in(tmp_path / "m")), str(model_in(tmp_path / "h"))
+
+    good = command("check", model, "--port", "0", "--guide", helper, "--verifier", helper)
+    bad = command("check", model, "--port", "0", "--reward", helper)
+
+    assert f"ok  guide, verifier  h (Qwen3ForCausalLM, 0.0 MB) in {helper}" in good[1]
+    assert 1 == bad[0]
+    assert "is no process reward model" in bad[1]
 
 
 def test_the_question_to_copy_survives_a_shell() -> None:

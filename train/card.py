@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from thinkserve.strategies.verifier import ASK_EXISTS, ASK_SAME
 from thinkserve.train.model import Shape
-from thinkserve.train.side_tasks import ASK_CONTINUE, ASK_EXISTS, ASK_JUDGE, ASK_SAME, ASK_SUMMARY, BRIEF
+from thinkserve.train.side_tasks import ASK_CONTINUE, ASK_JUDGE, ASK_SUMMARY, BRIEF
 
 TEXT = """---
 license: apache-2.0

@@ -10,15 +10,11 @@ import random
 from copy import deepcopy
 from dataclasses import dataclass
 
+from thinkserve.strategies.verifier import ASK_EXISTS, ASK_SAME
 from thinkserve.train.derivation import derive
 from thinkserve.train.tasks import LIMITS, OPERATIONS, Problem
 from thinkserve.train.traces import CAREFUL, DEFAULT, Span, Style, TraceWriter, write_trace
 
-ASK_EXISTS = "Question: {question}\nExcerpt: {excerpt}\nDoes this excerpt state a final result? Answer Yes or No."
-ASK_SAME = (
-    "Question: {question}\nFirst excerpt: {first}\nSecond excerpt: {second}\n"
-    "Do these two excerpts state the same result? Answer Yes or No."
-)
 ASK_SUMMARY = "Question: {question}\nWork so far:\n{work}\nSummarise the progress so far."
 ASK_CONTINUE = "{question}\n{summary}\nContinue from there."
 ASK_JUDGE = "Judge this solution step by step.\nQuestion: {question}\nSolution:\n{steps}"

@@ -16,16 +16,12 @@ from random import Random
 import anyio
 import pytest
 from anyio.from_thread import BlockingPortal, start_blocking_portal
-from prometheus_client import REGISTRY
-from prometheus_client.registry import Collector
 
 from thinkserve.server.settings import Settings
 from thinkserve.server.vectors import SteeringVector
 from thinkserve.server.vllm_controls import NOTHING, Steered
 from thinkserve.server.vllm_engine import VllmBackend, create
 from thinkserve.strategies.engine import Job, Tokens
-
-_COUNTERS: list[Collector] = []
 
 
 @pytest.fixture(scope="session")
@@ -39,8 +35,6 @@ def portal() -> Iterator[BlockingPortal]:
 def backend(portal: BlockingPortal) -> Iterator[VllmBackend]:
     """The embedded model on vLLM, started once; 65 thousand tokens of cache and more are plenty for tests."""
     backend = portal.call(create, Settings(kv_cache_gib=0.25))
-    # Held from the start: vLLM takes its metrics off the registry whenever the process starts another engine.
-    _COUNTERS.append(REGISTRY._names_to_collectors["vllm:generation_tokens"])
     yield backend
     portal.call(backend.aclose)
 
@@ -48,10 +42,12 @@ def backend(portal: BlockingPortal) -> Iterator[VllmBackend]:
 @pytest.fixture(scope="session")
 def counted(backend: VllmBackend) -> Callable[[], int]:
     """vLLM's own count of generated tokens: the Prometheus counter of this engine, over all requests so far."""
+    from thinkserve.server.vllm_metrics import KEPT
 
     def read() -> int:
-        samples = [sample for family in _COUNTERS[0].collect() for sample in family.samples]
-        return int(sum(sample.value for sample in samples if sample.name.endswith("_total")))
+        mine = [each for logger in backend._llm.logger_manager.stat_loggers for each in KEPT._engines.get(logger, ())]
+        samples = [sample for collector in mine for family in collector.collect() for sample in family.samples]
+        return int(sum(sample.value for sample in samples if sample.name == "vllm:generation_tokens_total"))
 
     return read
 

@@ -233,7 +233,7 @@ def test_a_chain_keeps_the_steering_that_its_tokens_were_written_under(
     portal: BlockingPortal, backend: VllmBackend, vectors: Vectors, model: Any
 ) -> None:
     """Segments under other controls, injected tokens between them: each row stays as it was, and is cached so."""
-    engine = VllmEngine(backend, backend._renderer, "chain", "chain", vectors)
+    engine = VllmEngine(backend, backend.renderer, "chain", "chain", vectors)
     prompt = tuple(range(10, 50))
     whole = Job(prompt, 200, greedy(backend.info), logprobs=0, controls=(Steer("a", 1.0),))
 
@@ -262,7 +262,7 @@ def test_nothing_is_left_of_a_request_that_was_abandoned(
     endless = job(backend, *range(10, 20), tokens=3000, controls=(Steer("a", 1.0, positions="thinking"),))
 
     async def scenario() -> dict[str, int]:
-        engine = VllmEngine(backend, backend._renderer, "left", None, vectors)
+        engine = VllmEngine(backend, backend.renderer, "left", None, vectors)
         with anyio.fail_after(60):
             async with engine.generate(endless) as stream:
                 await anext(aiter(stream))

@@ -49,7 +49,7 @@ asyncio.run(main())
 # Forks as vLLM's launch does, then dies without a chance to clean up.
 KILLED = """
 import os, signal, sys, time
-from thinkserve.server.vllm_launch import children_die_with_us
+from thinkserve.server.vllm_fork import children_die_with_us
 
 with children_die_with_us():
     child = os.fork()

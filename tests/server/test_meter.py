@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from thinkserve.server.meter import MeteredEngine
 from thinkserve.server.metrics import Metrics
 from thinkserve.strategies import registry
-from thinkserve.strategies.engine import Job, Task
+from thinkserve.strategies.engine import Job, Path, Task
 from thinkserve.strategies.errors import EngineFailed
 from thinkserve.strategies.testing import Recorder, ScriptedEngine
 
@@ -103,3 +103,36 @@ async def test_the_bill_is_the_engines_for_every_strategy(
     await entry.run(Task(prompt=(5,), max_tokens=60, seed=3), meter, Recorder(), entry.options())
     assert meter.generated == engine.generated
     assert engine.live == []
+
+
+async def test_helpers_are_counted_apart_from_the_chains() -> None:
+    """Their tokens are on the bill, their jobs are no chains."""
+    engine = ScriptedEngine(["abcd"], roles=("target", "guide", "verifier"))
+    meter = metered(engine)
+    for role, tokens in (("target", 9), ("guide", 3), ("verifier", 1), ("verifier", 1)):
+        await read(meter, Job(prompt=(5,), max_tokens=tokens, role=role))  # type: ignore[arg-type]
+
+    assert {"target": 5, "guide": 3, "verifier": 2} == meter.by_role()
+    assert 10 == meter.generated == engine.generated
+    assert (1, 1, 2) == (len(meter.chains), meter.finished, meter.jobs["verifier"])
+
+
+async def test_passes_of_a_reward_model_are_counted_without_what_it_knew() -> None:
+    """A pass per path; a path of which nothing was wanted costs none."""
+    meter = metered(ScriptedEngine([], roles=("reward",)))
+    await meter.score("q", [Path(("ab",)), Path(("ab", "cde"), known=1)])
+    await meter.score("q", [])
+
+    assert (2, 2 + 5, 2) == (meter.scored.passes, meter.scored.tokens, meter.scored.cached)
+    assert 0 == meter.generated
+
+
+async def test_the_part_of_the_prompts_that_was_cached_is_known_from_the_second_job_on() -> None:
+    """Of one job it says nothing that `cached_tokens` does not."""
+    meter = metered(ScriptedEngine(["abcd"]))
+    job = Job(prompt=(5,) * 4, max_tokens=50, seed=1)
+    await read(meter, job, deltas=1)
+    assert meter.hit_ratio is None
+
+    await read(meter, replace(job, prompt=(5,) * 6))
+    assert 0.4 == meter.hit_ratio

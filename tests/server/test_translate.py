@@ -16,13 +16,13 @@ from starlette.datastructures import Headers
 from thinkserve.server.choice import Choice
 from thinkserve.server.errors import ApiError, body, from_exception
 from thinkserve.server.json_body import parse
-from thinkserve.server.plan import Plan, Rendered
+from thinkserve.server.plan import Plan, Rendered, ServedModel
 from thinkserve.server.protocol import REFUSED, ChatRequest, parse_chat
 from thinkserve.server.settings import Settings
 from thinkserve.server.translate import check_roles, check_supports, to_plan, to_stream_mode
 from thinkserve.server.vectors import VectorRegistry
 from thinkserve.strategies import registry
-from thinkserve.strategies.engine import Engine, ModelInfo, Phase, Sampling
+from thinkserve.strategies.engine import Engine, ModelInfo, Phase, Role, Sampling
 from thinkserve.strategies.errors import BadOptions, ReasoningError
 from thinkserve.strategies.registry import Supports
 from thinkserve.strategies.testing import ScriptedEngine
@@ -56,6 +56,10 @@ class FakeBackend:
         size = sum(len(message["content"]) for message in messages)
         phase: Phase = "answer" if thinking is False and self.obedient else "thinking"
         return Rendered((5,) * size, phase)
+
+    @property
+    def roles(self) -> Mapping[Role, ServedModel]:
+        return {"target": self}
 
     async def check(self) -> None: ...
 

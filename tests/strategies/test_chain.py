@@ -118,3 +118,18 @@ async def test_two_chains_write_two_scripts() -> None:
             await advance(chain, 2)
 
     assert ["aaaa", "aabb"] == [engine.decode(one.tokens), engine.decode(two.tokens)]
+
+
+async def test_dropped_tokens_are_no_prompt_to_the_next_segment() -> None:
+    """They are written anew, or give way to ours; what was generated stays counted."""
+    engine = ScriptedEngine(["one two"])
+
+    async with engine.chain(Job(engine.encode("q"), 99, seed=1)) as chain:
+        await advance(chain, 5)
+        chain.drop(2)
+        chain.drop(0)
+        chain.inject(engine.encode("!"))
+        await advance(chain, 99)
+
+    assert engine.encode("one! two<eos>") == chain.tokens
+    assert len("one t") + len(" two") + 1 == engine.generated

@@ -1,13 +1,14 @@
 """What holds of every registered strategy, built in or a stranger's; a new one is found here by itself.
 
-Strategies run on ScriptedEngine; whoever has parameters `k` or `m` is tried with several.
+Strategies run on ScriptedEngine; whoever has parameters `k`, `m` or `n` is tried with several.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import replace
+from math import nan
 from typing import Any
 
 import anyio
@@ -16,21 +17,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from thinkserve.strategies import registry
-from thinkserve.strategies.chain import ResubmittedChain
+from thinkserve.strategies.around import Around, Open
 from thinkserve.strategies.engine import (
     Answer,
-    Chain,
     Delta,
-    Detokenizer,
     Event,
     Job,
-    ModelInfo,
-    Path,
     Phase,
     Piece,
     Role,
     Sampling,
-    Score,
     Stream,
     Task,
     Tokens,
@@ -40,6 +36,7 @@ from thinkserve.strategies.errors import EngineDead, EngineFailed
 from thinkserve.strategies.pieces import Transcript
 from thinkserve.strategies.registry import Options, Strategy
 from thinkserve.strategies.scripted import plain_stats
+from thinkserve.strategies.streams import Through
 from thinkserve.strategies.testing import Recorder, ScriptedEngine, example
 
 EVERY = pytest.mark.parametrize("name", registry.names())
@@ -48,8 +45,8 @@ ANSWERS = [r"It is \boxed{4}.", r"\boxed{04}", "so 5", "no idea", ""]
 
 @st.composite
 def scripts(draw: st.DrawFn) -> str:
-    """Thinking that closes or goes on for ever, then some answer."""
-    thinking = draw(st.sampled_from(["t", "t", "t. "])) * draw(st.integers(0, 30))
+    """Thinking that closes or goes on for ever, then some answer; now and then in steps."""
+    thinking = draw(st.sampled_from(["t", "t", "t. ", "tt\n\n", "\n\nt"])) * draw(st.integers(0, 30))
     return draw(st.sampled_from([f"{thinking}</think>{answer}" for answer in ANSWERS] + [thinking, "t" * 500]))
 
 
@@ -75,12 +72,19 @@ def engines(draw: st.DrawFn) -> Callable[[], ScriptedEngine]:
     texts = draw(st.lists(scripts(), min_size=1, max_size=5))
     pace = draw(st.dictionaries(st.integers(0, 4), st.integers(1, 3), max_size=2))
     burst, overrun = draw(st.integers(1, 3)), draw(st.integers(0, 2))
-    return lambda: ScriptedEngine(texts, roles=ROLES, pace=pace, burst=burst, overrun=overrun, stats=unsettled)
+    return lambda: ScriptedEngine(
+        texts, roles=ROLES, pace=pace, burst=burst, overrun=overrun, stats=unsettled, rate=undecided
+    )
 
 
 def unsettled(index: int, place: int) -> TokenStats:
     """Certainties and margins that go up and down; now and then closing is the best step."""
     return replace(plain_stats(index, place), close=1.0 if (3 * index + place) % 7 == 0 else -2.0)
+
+
+def undecided(steps: tuple[str, ...]) -> float:
+    """Rewards that go up and down along a path; now and then the model fails."""
+    return (nan, 0.1, 0.9, 0.9, 0.4, 1.0)[len("".join(steps)) % 6]
 
 
 ROLES: tuple[Role, ...] = ("target", "guide", "reward", "verifier")
@@ -90,88 +94,49 @@ def options_of(entry: Strategy, draw: st.DataObject) -> Options:
     """The defaults, or a few chains if the strategy runs several."""
     fields = entry.options.model_fields
     k = draw.draw(st.integers(1, 5), "k")
+    m = draw.draw(st.integers(1, k), "m")
     given = {
         "k": k,
-        "m": draw.draw(st.integers(1, k), "m"),
+        "m": m,
+        "n": m * draw.draw(st.integers(1, 3), "n / m"),
         "mode": draw.draw(st.sampled_from(["wall-clock", "length-exact"])),
         "lead_in": "",  # words of the strategy's own would not be the model's
+        "underthinking": False,  # it closes thoughts with words of its own
     }
     modes = {"mode"} if "wall-clock" in str(fields.get("mode")) else set()
-    return example(entry, **{name: given[name] for name in {"k", "m", "lead_in", *modes} & set(fields)})
+    ours = {"k", "m", "n", "lead_in", "underthinking", *modes}
+    return example(entry, **{name: given[name] for name in ours & set(fields)})
 
 
-class Meter:
+class Meter(Around):
     """An engine around an engine that counts as a server does: each job's tokens, once its block has been left."""
 
     def __init__(self, inner: ScriptedEngine, on_delta: Callable[[], None] = lambda: None) -> None:
-        self.inner = inner
+        super().__init__(inner)
         self.counted = 0
         self.open = 0
         self._on_delta = on_delta
 
-    def info(self, role: Role = "target") -> ModelInfo:
-        """Passed on."""
-        return self.inner.info(role)
-
-    def encode(self, text: str, role: Role = "target") -> Tokens:
-        """Passed on."""
-        return self.inner.encode(text, role)
-
-    def decode(self, tokens: Sequence[int], role: Role = "target") -> str:
-        """Passed on."""
-        return self.inner.decode(tokens, role)
-
-    def detokenizer(self, role: Role = "target") -> Detokenizer:
-        """Passed on."""
-        return self.inner.detokenizer(role)
-
-    def generate(self, job: Job) -> AbstractAsyncContextManager[Stream]:
-        """Counted."""
-        return self._counted(job)
-
     @asynccontextmanager
-    async def chain(self, job: Job) -> AsyncIterator[Chain]:
-        """Counted segment by segment."""
-        yield ResubmittedChain(self._counted, job, self.info(job.role))
-
-    async def render(self, messages: Sequence[Mapping[str, str]], role: Role = "target") -> Tokens:
-        """Passed on."""
-        return await self.inner.render(messages, role)
-
-    async def score(self, question: str, paths: Sequence[Path], role: Role = "reward") -> list[Score]:
-        """Passed on."""
-        return await self.inner.score(question, paths, role)
-
-    @asynccontextmanager
-    async def _counted(self, job: Job) -> AsyncIterator[Stream]:
+    async def watch(self, open: Open, job: Job) -> AsyncIterator[Stream]:
+        """Counted, segments of chains too."""
         stream: Stream | None = None
         self.open += 1
         try:
-            async with self.inner.generate(job) as stream:
+            async with open(job) as stream:
                 yield _Watched(stream, self._on_delta)
         finally:
             self.open -= 1
             self.counted += 0 if stream is None else stream.generated
 
 
-class _Watched:
+class _Watched(Through):
     def __init__(self, inner: Stream, on_delta: Callable[[], None]) -> None:
-        self._inner = inner
+        super().__init__(inner)
         self._on_delta = on_delta
 
-    @property
-    def generated(self) -> int:
-        return self._inner.generated
-
-    @property
-    def cached(self) -> int:
-        return self._inner.cached
-
-    def __aiter__(self) -> Stream:
-        return self
-
     async def __anext__(self) -> Delta:
-        delta = await self._inner.__anext__()
+        delta = await super().__anext__()
         self._on_delta()
         return delta
 
@@ -243,19 +208,27 @@ def test_the_same_seed_gives_the_same_answer(
 def test_the_answer_is_what_the_model_wrote(
     name: str, task: Task, recipe: Callable[[], ScriptedEngine], draw: st.DataObject
 ) -> None:
-    """Before the closing tag the start of a script's thinking, after it the start of the same script's answer."""
+    """Every part of it was written by a job that had the prompt and all that comes before; our own is only a tag."""
     entry, engine = registry.get(name), recipe()
 
     answer, _ = run(entry, task, engine, options_of(entry, draw))
 
-    def parts(tokens: Tokens) -> tuple[Tokens, Tokens]:
-        close = engine.info().think_close[0]
-        at = tokens.index(close) if close in tokens else len(tokens)
-        return tokens[:at], tokens[at + 1 :]
+    known, before = 0, -1
+    while known > before:
+        before = known
+        known += answer.tokens[known : known + 1] == engine.info().think_close
+        for stream in engine.history:
+            start = len(stream.job.prompt) - len(task.prompt)
+            if 0 <= start <= known and stream.job.prompt == task.prompt + answer.tokens[:start]:
+                known = max(known, start + common(tuple(stream.tokens), answer.tokens[start:]))
+    assert len(answer.tokens) == known
 
-    thought, said = parts(answer.tokens)
-    written = [parts(stream.script) for stream in engine.history]
-    assert any(thought == a[: len(thought)] and said == b[: len(said)] for a, b in written)
+
+def common(first: Tokens, second: Tokens) -> int:
+    """How many tokens two sequences begin with together."""
+    return next(
+        (at for at, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
 
 
 @EVERY
@@ -263,16 +236,17 @@ def test_the_answer_is_what_the_model_wrote(
 def test_events_tell_a_complete_story(
     name: str, task: Task, recipe: Callable[[], ScriptedEngine], draw: st.DataObject
 ) -> None:
-    """A chain that was started has exactly one end; the answer's chain was started."""
+    """A chain that was started has exactly one end; the answer's chain was started, or its node created."""
     entry = registry.get(name)
 
     answer, out = run(entry, task, recipe(), options_of(entry, draw))
 
     def chains(*types: str) -> list[int]:
-        return sorted(event.chain or 0 for event in out.events if event.type in types)
+        return sorted(event.chain for event in out.events if event.type in types and event.chain is not None)
 
     assert chains("chain.started") == chains("chain.finished", "chain.aborted", "error")
-    assert answer.winner in chains("chain.started")
+    created = [event.data["node"] for event in out.events if event.type == "node.created"]
+    assert answer.winner in (created or chains("chain.started"))
 
 
 @EVERY
@@ -293,7 +267,7 @@ def test_limits_of_the_request_end_it_in_good_order(name: str, limit: str, at: i
 def cancel_after(name: str, count: int, where: str) -> tuple[bool, ScriptedEngine, Meter]:
     """Cancel the request at its `count`-th emit or delta; whether it came that far."""
     entry = registry.get(name)
-    engine = ScriptedEngine(["tttt</think>1", "tttttt</think>22", "tt</think>3"], roles=ROLES)
+    engine = ScriptedEngine(["t\n\nt</think>1", "tttttt</think>22", "tt</think>3"], roles=ROLES)
     left = count
 
     async def go() -> tuple[bool, Meter]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from thinkserve.strategies.engine import Delta, ModelInfo, Phase, Piece
-from thinkserve.strategies.pieces import Transcript
+from thinkserve.strategies.pieces import Transcript, injected
 
 INFO = ModelInfo("m", 99, 99, eos=(0,), think_open=(1, 1), think_close=(2, 3))
 
@@ -79,3 +80,9 @@ def test_what_may_be_a_tag_waits_for_the_next_delta() -> None:
 def test_the_end_of_the_stream_brings_out_what_was_held() -> None:
     """Half a tag at the end is text."""
     assert pieces_of(None, Delta((1,), finish="stop")) == [[Piece("answer", (1,))]]
+
+
+@pytest.mark.parametrize(("logprobs", "top"), [(None, ()), (0, ()), (2, ((), ()))])
+def test_tokens_of_ours_are_certain_and_without_alternatives(logprobs: int | None, top: tuple[tuple[()], ...]) -> None:
+    """In parallel to what a job with so many alternatives gives."""
+    assert Delta((5, 6), (0.0, 0.0), top) == injected((5, 6), logprobs)

@@ -11,8 +11,8 @@ import pytest
 from thinkserve.strategies.engine import Task, TokenStats
 from thinkserve.strategies.errors import Unsupported
 from thinkserve.strategies.scripted import ScriptedStats
+from thinkserve.strategies.sentences import Sentences
 from thinkserve.strategies.testing import SCRIPTED, ScriptedEngine, play
-from thinkserve.strategies.think_brake import Sentences
 
 pytestmark = pytest.mark.anyio
 

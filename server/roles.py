@@ -1,0 +1,205 @@
+"""Which model serves which role: all of a deployment's models behind one Backend, one Engine per request.
+
+Everything that is asked of a role goes to its model. A model that helps and has gone takes its role with it, not the
+server: who needs that role is told so (503), everybody else is served.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
+from typing import Any, cast
+
+import anyio
+
+from thinkserve.server.deployment import Deployment, Remote
+from thinkserve.server.errors import RoleDown
+from thinkserve.server.plan import Backend, Rendered, ServedModel
+from thinkserve.server.settings import RemoteModel, Settings
+from thinkserve.server.vectors import VectorRegistry
+from thinkserve.strategies.engine import (
+    Chain,
+    Detokenizer,
+    Engine,
+    Job,
+    ModelInfo,
+    Path,
+    Role,
+    Sampling,
+    Score,
+    Stream,
+    Tokens,
+)
+from thinkserve.strategies.errors import EngineDead, Unsupported
+
+
+async def create(settings: Settings, deployment: Deployment) -> Roles:
+    """Start the deployment's models and call its servers. Raises StartError; then nothing is left running."""
+    from thinkserve.server.vllm_engine import start
+
+    started = await start(settings, deployment.local)
+    # The first is a generating model of this process, which is all that a Backend needs.
+    target = cast("Backend", started[0])
+    roles: dict[Role, ServedModel] = {}
+    for place, model in zip(deployment.local, started, strict=True):
+        roles |= dict.fromkeys(place.roles, model)
+    backend = Roles(target, roles)
+    try:
+        for remote in deployment.remote:
+            backend.add(remote.role, await _connect(remote, settings, target))
+    except BaseException:
+        with anyio.CancelScope(shield=True):
+            await backend.aclose()
+        raise
+    return backend
+
+
+async def _connect(remote: Remote, settings: Settings, target: ServedModel) -> ServedModel:
+    from thinkserve.server.remote_engine import connect
+    from thinkserve.server.remote_http import RemoteSettings
+
+    given = settings.remote.get(remote.role, RemoteModel()).model_dump()
+    given |= {"reasoning_open": settings.reasoning_open, "reasoning_close": settings.reasoning_close}
+    return await connect(remote.url, RemoteSettings(**given), target, remote.role)
+
+
+class Roles:
+    """A Backend: the target, and beside it the models of other roles. One model may serve several."""
+
+    def __init__(self, target: Backend, roles: Mapping[Role, ServedModel]) -> None:
+        self._target = target
+        self._roles: dict[Role, ServedModel] = {**roles, "target": target}
+
+    def add(self, role: Role, model: ServedModel) -> None:
+        """Let a model serve a role."""
+        self._roles[role] = model
+
+    @property
+    def roles(self) -> Mapping[Role, ServedModel]:
+        """The model that serves each role there is."""
+        return self._roles
+
+    @property
+    def info(self) -> ModelInfo:
+        """Facts about the target."""
+        return self._target.info
+
+    @property
+    def defaults(self) -> Sampling:
+        """How tokens are drawn where a request says nothing: the target's generation_config."""
+        return self._target.defaults
+
+    @property
+    def kv_tokens(self) -> int:
+        """How many tokens the target's cache can hold."""
+        return self._target.kv_tokens
+
+    @property
+    def alive(self) -> bool:
+        """Whether the target is there: without it nothing can be served."""
+        return self._target.alive
+
+    @property
+    def vectors(self) -> VectorRegistry | None:
+        """The target's steering vectors."""
+        return self._target.vectors
+
+    def engine(self, request_id: str, salt: str | None = None) -> Engine:
+        """The Engine of one request, for all roles."""
+        return RoledEngine(self._target.engine(request_id, salt), self._roles, request_id, salt)
+
+    async def render(
+        self, messages: Sequence[Mapping[str, Any]], *, thinking: bool | None = None, kwargs: Mapping[str, Any] = {}
+    ) -> Rendered:
+        """Apply the target's chat template. Raises TooLong, BadOptions."""
+        return await self._target.render(messages, thinking=thinking, kwargs=kwargs)
+
+    async def check(self) -> None:
+        """Raise EngineDead when the target cannot serve any more."""
+        await self._target.check()
+
+    async def aclose(self) -> None:
+        """Stop all models."""
+        async with anyio.create_task_group() as group:
+            for model in {id(each): each for each in self._roles.values()}.values():
+                group.start_soon(model.aclose)
+
+
+class RoledEngine:
+    """The Engine of one request: hands on what is asked of a role to that role's model."""
+
+    __slots__ = ("_engines", "_id", "_models", "_salt", "_target")
+
+    def __init__(self, target: Engine, models: Mapping[Role, ServedModel], request_id: str, salt: str | None) -> None:
+        self._target = target
+        self._models = models
+        self._id = request_id
+        self._salt = salt
+        self._engines: dict[Role, Engine] = {}
+
+    def info(self, role: Role = "target") -> ModelInfo:
+        """Facts about the role's model. Raises Unsupported when there is none."""
+        return self._engine(role).info()
+
+    def encode(self, text: str, role: Role = "target") -> Tokens:
+        """Token ids of plain text; no special tokens are added."""
+        return self._engine(role).encode(text)
+
+    def decode(self, tokens: Sequence[int], role: Role = "target") -> str:
+        """Text of the tokens, special tokens left out."""
+        return self._engine(role).decode(tokens)
+
+    def detokenizer(self, role: Role = "target") -> Detokenizer:
+        """A fresh incremental decoder."""
+        return self._engine(role).detokenizer()
+
+    def generate(self, job: Job) -> AbstractAsyncContextManager[Stream]:
+        """Run a job on its role's model."""
+        return self._target.generate(job) if job.role == "target" else self._generate(job)
+
+    def chain(self, job: Job) -> AbstractAsyncContextManager[Chain]:
+        """Open a chain on its role's model."""
+        return self._target.chain(job) if job.role == "target" else self._chain(job)
+
+    async def render(self, messages: Sequence[Mapping[str, str]], role: Role = "target") -> Tokens:
+        """A chat as the role's model wants it."""
+        return await self._engine(role).render(messages)
+
+    async def score(self, question: str, paths: Sequence[Path], role: Role = "reward") -> list[Score]:
+        """What the reward model says of each path. Raises Unsupported, EngineFailed."""
+        async with self._up(role) as engine:
+            return await engine.score(question, paths)
+
+    @asynccontextmanager
+    async def _generate(self, job: Job) -> AsyncIterator[Stream]:
+        async with self._up(job.role) as engine, engine.generate(replace(job, role="target")) as stream:
+            yield stream
+
+    @asynccontextmanager
+    async def _chain(self, job: Job) -> AsyncIterator[Chain]:
+        async with self._up(job.role) as engine, engine.chain(replace(job, role="target")) as chain:
+            yield chain
+
+    @asynccontextmanager
+    async def _up(self, role: Role) -> AsyncIterator[Engine]:
+        """The role's engine; that its model goes, or has gone, is told as the loss of the role alone."""
+        engine, model = self._engine(role), self._models[role]
+        try:
+            await model.check()
+            yield engine
+        except EngineDead as error:
+            # What passes through here may also be the target's end.
+            if model.alive:
+                raise
+            raise RoleDown(role) from error
+
+    def _engine(self, role: Role) -> Engine:
+        if role == "target":
+            return self._target
+        model = self._models.get(role)
+        if model is None:
+            raise Unsupported(f"No model is configured for the role {role!r}.", "role")
+        if role not in self._engines:
+            self._engines[role] = model.engine(self._id, self._salt)
+        return self._engines[role]

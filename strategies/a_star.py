@@ -1,0 +1,91 @@
+"""A*-decoding: best-first search over steps, guided by a process reward model (arXiv:2505.13672).
+
+    open = { root },  g(root) = h(root) = 0
+    repeat: n = the open node with the least f = g + h; of equals the deeper, then the older
+            if n is a complete solution: return it
+            for each of k continuations s of n by one step:
+                h(s) = 1 - reward(s),  g(s) = g(n) + c(n, s);  s becomes open
+    when a limit ends this: the complete solution with the least f, then the highest reward
+
+The edge cost c is not in what we could read of the paper. "consistent", max(0, h(n) - h(s)), is the least cost with
+which h never overestimates a step, so that f grows along a path by exactly the rewards it loses, and the first solution
+popped is the best of all. "increase", max(0, h(s) - h(n)), is a survey's wording; f may fall, and nothing is promised.
+
+The root, on which nothing can be wrong yet, has reward 1. (With h(root) = 1 the first step would be free: a path whose
+rewards are low from the start, and stay so, would cost nothing.)  With `aggregate` "min" or "prod" h never falls along
+a path, so f = h: a reward model's noise does not add up, and depth is not punished.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from heapq import heappop, heappush
+from typing import Literal
+
+from pydantic import Field
+
+from thinkserve.strategies.engine import Answer, Emit, Engine, Task
+from thinkserve.strategies.registry import strategy
+from thinkserve.strategies.rewards import RewardOptions
+from thinkserve.strategies.tree import Tree
+from thinkserve.strategies.tree_budget import TreeOptions, limits
+from thinkserve.strategies.tree_node import Node
+
+Edge = Literal["consistent", "increase"]
+# (f, -depth, order of making, node)
+Entry = tuple[float, int, int, Node]
+
+
+class AStarOptions(RewardOptions, TreeOptions):
+    """Parameters of A*-decoding."""
+
+    k: int = Field(default=4, ge=1, le=64, description="Continuations of each expanded node.")
+    edge: Edge = Field(
+        default="consistent", description="Cost of a step: the reward it gains (h stays consistent), or loses."
+    )
+    max_expansions: int = Field(default=64, ge=1, le=4096, description="How many nodes may be expanded.")
+    max_open: int = Field(default=1024, ge=1, le=65_536, description="How many nodes may wait; the worst are given up.")
+
+    def chains(self) -> int:
+        """The continuations of one node are written side by side."""
+        return self.k
+
+
+# By how much f = g + h changes from a node to its child, given the increase of h. Said in one sum, so that rounding
+# cannot make f fall: with c = max(0, -increase) it is c + increase, with c = max(0, increase) likewise.
+CHANGE: dict[Edge, Callable[[float], float]] = {
+    "consistent": lambda increase: max(0.0, increase),
+    "increase": lambda increase: increase + max(0.0, increase),
+}
+
+
+@strategy("a-star", title="A*-decoding", options=AStarOptions, reference="arXiv:2505.13672", roles=("target", "reward"))
+async def run(task: Task, engine: Engine, emit: Emit, options: AStarOptions) -> Answer:
+    """Best-first search over steps by a process reward model; the first complete solution reached answers."""
+    bounds = limits(task, engine, options, expansions=options.max_expansions, nodes=options.max_open)
+    tree = Tree(task, engine, emit, bounds, options.aggregate)
+    root = await tree.start()
+    h, f = {root: 0.0}, {root: 0.0}
+    heap: list[Entry] = [(0.0, 0, 0, root)]
+    while heap and not tree.over:
+        node = heappop(heap)[-1]
+        if node.terminal:
+            return await tree.answer(node, f"the first solution reached, f = {f[node]:.3f}")
+        for child in await tree.expand({node: options.k}) if node.open else ():
+            h[child] = 1.0 - tree.value(child)
+            f[child] = f[node] + CHANGE[options.edge](h[child] - h[node])
+            heappush(heap, (f[child], -child.depth, len(f), child))
+        await _shrink(tree, heap)
+    leaves = [node for node in f if not node.proposed]
+    best = min(leaves, key=lambda node: (not node.terminal, f[node], h[node], -node.length), default=root)
+    return await tree.answer(best, f"the least f = {f[best]:.3f}", decided=tree.over is None)
+
+
+async def _shrink(tree: Tree, heap: list[Entry]) -> None:
+    """Give the worst open nodes up."""
+    most = tree.limits.nodes or len(heap)
+    if len(heap) > most:
+        heap.sort()
+        for *_, node in heap[most:]:
+            await tree.prune(node, "too many open nodes")
+        del heap[most:]

@@ -1,0 +1,81 @@
+"""Diverse verifier tree search: beam search in independent subtrees (search-and-learn, with arXiv:2408.03314).
+
+    n / m subtrees, each begun by m continuations of the root
+    every subtree by itself: keep the best of its m steps, write m continuations of it, until the best one is complete
+    the complete solutions among the last m of every subtree vote, or the best of them answers
+
+Subtrees share nothing, so a reward model that is fooled in one does not narrow the others. After the first step they
+also run at their own pace: none waits for another's slowest step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from anyio import create_task_group
+from pydantic import Field, ValidationInfo, field_validator
+
+from thinkserve.strategies.engine import Answer, Emit, Engine, Task
+from thinkserve.strategies.errors import leading
+from thinkserve.strategies.registry import strategy
+from thinkserve.strategies.rewards import RewardOptions
+from thinkserve.strategies.tree import Tree
+from thinkserve.strategies.tree_budget import TreeOptions, limits
+from thinkserve.strategies.tree_choice import SELECT, Select, conclude
+from thinkserve.strategies.tree_node import Node, slots
+
+
+class DvtsOptions(RewardOptions, TreeOptions):
+    """Parameters of diverse verifier tree search."""
+
+    n: int = Field(default=8, ge=1, le=64, description="How many steps are written side by side, in all subtrees.")
+    m: int = Field(default=4, ge=1, le=64, description="Steps of one subtree, of which the best is kept; divides n.")
+    select: Select = Field(default="weighted", description=SELECT)
+
+    @field_validator("m")
+    @classmethod
+    def _m_divides_n(cls, m: int, info: ValidationInfo) -> int:
+        if info.data.get("n", m) % m:
+            raise ValueError(f"m must divide n ({info.data['n']})")
+        return m
+
+    def chains(self) -> int:
+        """All subtrees go on at once."""
+        return self.n
+
+
+@strategy("dvts", title="DVTS", options=DvtsOptions, reference="arXiv:2408.03314", roles=("target", "reward"))
+async def run(task: Task, engine: Engine, emit: Emit, options: DvtsOptions) -> Answer:
+    """Independent subtrees, in each of which the best of m steps is gone on with."""
+    tree = Tree(task, engine, emit, limits(task, engine, options), options.aggregate)
+    first = slots(await tree.expand({await tree.start(): options.n}))
+    subtrees = [Subtree(first[at : at + options.m], options.m) for at in range(0, len(first), options.m)]
+    branches = tree.branches(len(subtrees))
+    try:
+        async with create_task_group() as group:
+            for subtree, branch in zip(subtrees, branches, strict=True):
+                group.start_soon(subtree.grow, branch)
+    except BaseExceptionGroup as errors:
+        raise leading(errors) from errors
+    for branch in branches:
+        tree.join(branch)
+    leaves = [node for subtree in subtrees for node in subtree.last if node.terminal]
+    return await conclude(tree, leaves, [subtree.best for subtree in subtrees], options.select)
+
+
+class Subtree:
+    """The last steps of one subtree, and the best of them."""
+
+    def __init__(self, steps: Sequence[Node], width: int) -> None:
+        self.last = steps
+        self.best = steps[0]
+        self._width = width
+
+    async def grow(self, tree: Tree) -> None:
+        """Go on from the best step until it is complete, or nothing more can be written."""
+        while True:
+            self.best = max(self.last, key=tree.value)
+            steps = await tree.expand({self.best: self._width}) if self.best.open else []
+            if not steps:
+                return
+            self.last = slots(steps)

@@ -1,0 +1,158 @@
+"""Ending a chain's thinking from outside: at the end of a sentence with a lead to its conclusion, or by force.
+
+    mild      ... so 3+4=7.  ⏎⏎ **Final Answer** ⏎⏎ ...        the model concludes and closes its thinking itself
+    forced    ... so 3+4=7.  ⏎⏎ I have thought long enough. ⏎ </think>     it can only answer
+
+Nothing that was written is taken back (arXiv:2505.17155, section 3.3, leaves that open): what is ours follows the
+sentence in which the decision fell.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import Field
+
+from thinkserve.strategies.engine import Delta, Event, Job, Tokens
+from thinkserve.strategies.registry import Options
+from thinkserve.strategies.scale import FULL_CONTEXT, scaled
+from thinkserve.strategies.sentences import Sentences
+from thinkserve.strategies.splice import Modified, Splice
+from thinkserve.strategies.text import Phases
+
+SENTENCE = "I have thought about this long enough; I will answer with what I have."
+
+
+class EndingOptions(Options):
+    """How thinking is ended by force."""
+
+    sentence: str | None = Field(
+        default=None,
+        max_length=400,
+        description="What is said before thinking is closed by force; left out, nothing for contexts below 8192.",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """A decision to end thinking: why, how, and whether now instead of at the next end of a sentence."""
+
+    rule: str
+    kind: Literal["mild", "forced"] = "forced"
+    at_once: bool = False
+
+
+class Thought:
+    """The thinking of one chain, watched token by token; subclasses look at it in `take` and may call `end`."""
+
+    def __init__(self, modified: Modified, job: Job, sentence: str | None) -> None:
+        self.job, self.info = job, modified.info()
+        self._modified = modified
+        self._phases = Phases(self.info, modified.task.phase)
+        known = len(modified.task.prompt)
+        if job.prompt[:known] == modified.task.prompt:
+            # A job that goes on where a chain was left may be in its answer already.
+            self._phases.push(job.prompt[known:])
+        self._start = self._phases.length
+        small = self.info.context < FULL_CONTEXT
+        self._sentence = ("" if small else SENTENCE) if sentence is None else sentence
+        self._sentences, self._tail = Sentences(modified), ""
+        self._ending: Ending | None = None
+        self._decided, self._longest_sentence = 0, scaled(256, self.info.context)
+        self._news: list[Event] = []
+        self.over = self._phases.closed or modified.task.phase == "answer"
+        # How long the thinking was when it was led to its conclusion.
+        self.began: int | None = None
+
+    @property
+    def decided(self) -> bool:
+        """Whether an ending has been decided on and not yet been carried out."""
+        return self._ending is not None
+
+    @property
+    def length(self) -> int:
+        """Thinking tokens of this job, ours included."""
+        return self._phases.length - self._start
+
+    def take(self, token: int, text: str) -> None:
+        """The next token of the thought and the text that it makes certain."""
+
+    def lead(self) -> str:
+        """The words of a mild ending."""
+        return ""
+
+    def end(self, ending: Ending) -> None:
+        """Decide to end thinking; the first decision counts until it is carried out."""
+        if not self.over and self._ending is None:
+            self._ending, self._decided = ending, self.length
+
+    def close(self) -> None:
+        """Thinking is over, for whatever reason: nothing is looked at any more."""
+        self.over = True
+
+    def tell(self, event: Event) -> None:
+        """Something for those who watch."""
+        self._news.append(event)
+
+    def news(self) -> list[Event]:
+        """What there is to tell since the last call."""
+        told, self._news = self._news, []
+        return told
+
+    def inject(self, tokens: Tokens) -> None:
+        """Tokens that are not the model's: they count as text and are not looked at."""
+        self._phases.push(tokens)
+        self._sentences.ended(tokens)
+        self._tail = (self._tail + self._sentences.text)[-2:]
+        if self._phases.closed:
+            self.close()
+
+    def push(self, delta: Delta, room: int) -> Splice | None:
+        """Look at what the model wrote, and cut in where it is time to."""
+        if self.over or delta.finish is not None:
+            return None
+        for at, token in enumerate(delta.tokens):
+            ended = self._sentences.ended((token,))
+            if ended and self._ending and (splice := self._splice(self._ending, at, room)):
+                return splice
+            self._phases.push((token,))
+            self._tail = (self._tail + self._sentences.text)[-2:]
+            if self._phases.closed:
+                self.close()
+                return None
+            if self._phases.phase == "thinking":
+                self.take(token, self._sentences.text)
+            if self._ending and self._now(self._ending) and (splice := self._splice(self._ending, at + 1, room)):
+                return splice
+        return None
+
+    def _now(self, ending: Ending) -> bool:
+        return ending.at_once or self.length - self._decided >= self._longest_sentence
+
+    def _splice(self, ending: Ending, keep: int, room: int) -> Splice | None:
+        self._ending = None
+        tokens = self._words(ending)
+        if not tokens or keep + len(tokens) >= room:
+            # There is no place for it and an answer: let the chain run into its limit.
+            self.close()
+            return None
+        told = {"rule": ending.rule, "ending": ending.kind, "thinking": self.length}
+        self.tell(Event("budget.forced", self._modified.index(self.job), told))
+        self.inject(tokens)
+        self.began = self.length
+        return Splice(keep, tokens)
+
+    def _words(self, ending: Ending) -> Tokens:
+        """Our tokens behind a text that ends as this one does."""
+        breaks = len(self._tail) - len(self._tail.rstrip("\n"))
+        text = self.lead() if ending.kind == "mild" else self._sentence
+        tokens = self._modified.encode("\n" * (2 - breaks) + text) if text else ()
+        if ending.kind == "mild":
+            return tokens if self._fits(tokens) else ()
+        line = self._modified.encode("\n") if text or not breaks else ()
+        return (*tokens, *line, *self.info.think_close) if self._fits(tokens + line) else self.info.think_close
+
+    def _fits(self, tokens: Tokens) -> bool:
+        budget = self.job.thinking_budget
+        return budget is None or self.length + len(tokens) <= budget

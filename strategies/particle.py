@@ -1,0 +1,136 @@
+"""Particle filtering: solutions are samples, thinned out and copied by their weights (arXiv:2502.01618).
+
+    n particles at the root
+    repeat until all are complete: every open particle is continued by one step
+        weight of a particle = its potential, normalised over all of them, complete ones included
+        if 1 / sum of squared weights < threshold * n: resample all n from the weights
+    the heaviest answers, or the particles vote
+
+The potential is r / (1 - r) of the reward r ("odds", what the authors' its_hub does), exp(r) ("softmax", the paper's
+algorithm 1), or, without a reward model, exp(mean log-probability of the last step) ("self"). Resampling is systematic:
+one random number, and every particle is copied its expected number of times, rounded up or down. The paper resamples
+after every step (threshold 1 comes close to that); the effective sample size as a trigger keeps particles apart while
+their weights are alike (from its_hub's entropic particle filter).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from math import exp, fsum, log
+from random import Random
+from typing import Literal
+
+from pydantic import Field
+
+from thinkserve.strategies.engine import Answer, Emit, Engine, Task
+from thinkserve.strategies.errors import Unsupported
+from thinkserve.strategies.registry import strategy
+from thinkserve.strategies.rewards import RewardOptions
+from thinkserve.strategies.tree import Tree
+from thinkserve.strategies.tree_budget import TreeOptions, limits
+from thinkserve.strategies.tree_choice import Select, conclude
+from thinkserve.strategies.tree_node import Node, slots
+
+Weights = Literal["odds", "softmax", "self"]
+SURE = 1e-7
+
+
+class ParticleOptions(RewardOptions, TreeOptions):
+    """Parameters of particle filtering."""
+
+    n: int = Field(default=8, ge=1, le=64, description="How many particles.")
+    weights: Weights | None = Field(
+        default=None,
+        description="Odds or softmax of rewards, or self: the model's own log-probabilities, without a reward model. "
+        "Left out, odds where there is a reward model, else self.",
+    )
+    threshold: float = Field(
+        default=0.5, ge=0, le=1, allow_inf_nan=False, description="Resample below this share of effective particles."
+    )
+    select: Select = Field(
+        default="best", description="Which particle answers: the heaviest (best), or by vote, weighted or plain."
+    )
+
+    def chains(self) -> int:
+        """All particles move at once."""
+        return self.n
+
+
+@strategy("particle", title="Particle filtering", options=ParticleOptions, reference="arXiv:2502.01618")
+async def run(task: Task, engine: Engine, emit: Emit, options: ParticleOptions) -> Answer:
+    """n solutions grow step by step and are resampled by their weights, with or without a reward model."""
+    kind = options.weights or ("odds" if rewarding(engine) else "self")
+    if kind != "self":
+        engine.info("reward")
+    tree = Tree(task, engine, emit, limits(task, engine, options), options.aggregate, logprobs=kind == "self")
+    rng = Random(task.seed)
+    particles = [await tree.start()] * options.n
+
+    def potential(node: Node) -> float:
+        return log_potential(kind, tree.value(node), node.own.logprobs)
+
+    while any(node.open for node in particles) and not tree.over:
+        moving = Counter(node for node in particles if node.open)
+        steps = await tree.propose(moving)
+        if kind != "self":
+            await tree.score(steps)
+        particles = [node for node in particles if not node.open] + slots(steps)
+        weights = normalised([potential(node) for node in particles])
+        if weights and effective(weights) < options.threshold * len(particles):
+            particles = await _resampled(tree, particles, systematic(weights, len(particles), rng.random()))
+    weight = dict(zip(particles, normalised([potential(node) for node in particles]), strict=True))
+    leaves = [node for node in particles if node.terminal]
+    return await conclude(tree, leaves, particles, options.select, weight=lambda node: weight.get(node, 0.0))
+
+
+async def _resampled(tree: Tree, particles: Sequence[Node], counts: Sequence[int]) -> list[Node]:
+    kept = [node for node, copies in zip(particles, counts, strict=True) for _ in range(copies)]
+    for node in dict.fromkeys(particles):
+        if node not in kept:
+            await tree.prune(node, "resampled")
+    return kept
+
+
+def rewarding(engine: Engine) -> bool:
+    """Whether there is a reward model."""
+    try:
+        engine.info("reward")
+    except Unsupported:
+        return False
+    return True
+
+
+def log_potential(kind: Weights, reward: float, logprobs: Sequence[float]) -> float:
+    """Logarithm of a particle's weight before normalisation; 0 for a step without log-probabilities."""
+    if kind == "self":
+        return fsum(logprobs) / len(logprobs) if logprobs else 0.0
+    clipped = min(max(reward, SURE), 1 - SURE)
+    return log(clipped / (1 - clipped)) if kind == "odds" else reward
+
+
+def normalised(logs: Sequence[float]) -> list[float]:
+    """Weights that sum to 1."""
+    top = max(logs, default=0.0)
+    raw = [exp(value - top) for value in logs]
+    return [value / fsum(raw) for value in raw]
+
+
+def effective(weights: Sequence[float]) -> float:
+    """The effective sample size of normalised weights: n when they are equal, 1 when one has everything."""
+    return 1 / fsum(weight * weight for weight in weights)
+
+
+def systematic(weights: Sequence[float], n: int, start: float) -> list[int]:
+    """Copies of each particle: how many of the points (start + i) / n, i < n, fall into its share of [0, 1)."""
+    counts, total, taken = list[int](), 0.0, 0
+    for weight in weights:
+        total += weight
+        upto = taken
+        while upto < n and (start + upto) / n < total:
+            upto += 1
+        counts.append(upto - taken)
+        taken = upto
+    # Rounding may leave the last point behind the sum of all weights.
+    counts[-1] += n - taken
+    return counts

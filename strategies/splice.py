@@ -1,0 +1,168 @@
+"""Streams that go on behind words of ours: the base of modifiers that end or turn a chain's thinking.
+
+    read the chain token by token, hand on what comes
+    when the watcher says so: leave the segment, which aborts it; drop what came behind the place; put our tokens there;
+        go on in a new segment, which finds everything before in the prefix cache
+
+Our tokens are part of the stream, with log-probability 0; they are not counted as generated. The watcher never sees
+them as the model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from thinkserve.strategies.around import Around
+from thinkserve.strategies.engine import Chain, Control, Delta, Emit, Engine, Event, Job, Stream, Task, Tokens
+from thinkserve.strategies.errors import Unsupported
+from thinkserve.strategies.pieces import injected
+
+Begin = Callable[[int], AbstractAsyncContextManager[Stream]]
+# A strategy runs no more chains than this.
+MOST_CHAINS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Splice:
+    """Keep the first `keep` tokens of the delta at hand, then `tokens` of ours, and go on from there."""
+
+    keep: int
+    tokens: Tokens
+
+
+class Watcher(Protocol):
+    """Follows one chain and decides, synchronously: decoding is never held."""
+
+    def push(self, delta: Delta, room: int) -> Splice | None:
+        """What the model wrote; `room` is how many tokens the segment may hold, these included. Raises EngineFailed.
+
+        None where the delta is the stream's last: nothing can be put behind it.
+        """
+        ...
+
+    def inject(self, tokens: Tokens) -> None:
+        """What the strategy put into its chain itself."""
+        ...
+
+    def news(self) -> Sequence[Event]:
+        """What there is to tell since the last call."""
+        ...
+
+
+class Modified(Around):
+    """Base of modifiers: every chain of the target model that may think has a watcher.
+
+    `warnings` are for the answer of the request.
+    """
+
+    def __init__(self, inner: Engine, task: Task, emit: Emit) -> None:
+        super().__init__(inner)
+        self.task, self.emit = task, emit
+        self.warnings: list[str] = []
+
+    def follow(self, job: Job) -> AbstractAsyncContextManager[Watcher]:
+        """A watcher for the chain that begins with `job`, for as long as the chain is open."""
+        raise NotImplementedError
+
+    def warn(self, text: str) -> None:
+        """Note something for the answer, once."""
+        if text not in self.warnings:
+            self.warnings.append(text)
+
+    def index(self, job: Job) -> int | None:
+        """Which of the task's chains a job belongs to; only a seed can tell."""
+        seeds = {} if self.task.seed is None else {self.task.job(i).seed: i for i in range(MOST_CHAINS)}
+        return seeds.get(job.seed)
+
+    @asynccontextmanager
+    async def generate(self, job: Job) -> AsyncIterator[Stream]:
+        """Run a job under watch."""
+        if job.role != "target" or not self.info().reasons:
+            async with self._inner.generate(job) as stream:
+                yield stream
+            return
+        async with self.chain(job) as chain, chain.segment(job.max_tokens) as stream:
+            yield stream
+
+    @asynccontextmanager
+    async def chain(self, job: Job) -> AsyncIterator[Chain]:
+        """Open a chain under watch. Raises Unsupported for statistics: tokens of ours have none."""
+        if job.stats:
+            raise Unsupported("A modifier of thinking cannot be combined with statistics of tokens.", "strategy.over")
+        async with self._inner.chain(job) as chain:
+            if job.role != "target" or not self.info().reasons:
+                yield chain
+                return
+            async with self.follow(job) as watcher:
+                yield _Chain(chain, watcher, job, self.emit)
+
+
+class _Chain:
+    def __init__(self, inner: Chain, watcher: Watcher, job: Job, emit: Emit) -> None:
+        self.inner, self.watcher, self.job, self.emit = inner, watcher, job, emit
+
+    @property
+    def tokens(self) -> Tokens:
+        return self.inner.tokens
+
+    def inject(self, tokens: Tokens) -> None:
+        self.inner.inject(tokens)
+        self.watcher.inject(tokens)
+
+    def drop(self, count: int) -> None:
+        self.inner.drop(count)
+
+    @asynccontextmanager
+    async def segment(
+        self, max_tokens: int, until: Tokens = (), controls: tuple[Control, ...] | None = None
+    ) -> AsyncIterator[Stream]:
+        def begin(most: int) -> AbstractAsyncContextManager[Stream]:
+            return self.inner.segment(most, until, controls)
+
+        async with AsyncExitStack() as stack:
+            stream = await stack.enter_async_context(begin(max_tokens))
+            yield _Spliced(self, stack, begin, stream, max_tokens)
+
+
+class _Spliced:
+    """One segment as the strategy sees it, out of as many as it takes."""
+
+    def __init__(self, chain: _Chain, stack: AsyncExitStack, begin: Begin, stream: Stream, room: int) -> None:
+        self._chain, self._stack, self._begin = chain, stack, begin
+        self._streams, self._room = [stream], room
+
+    @property
+    def generated(self) -> int:
+        return sum(stream.generated for stream in self._streams)
+
+    @property
+    def cached(self) -> int:
+        return self._streams[0].cached
+
+    def __aiter__(self) -> Stream:
+        return self
+
+    async def __anext__(self) -> Delta:
+        delta = await self._streams[-1].__anext__()
+        chain = self._chain
+        splice = chain.watcher.push(delta, self._room)
+        for event in chain.watcher.news():
+            await chain.emit(event)
+        if splice is None:
+            self._room -= len(delta.tokens)
+            return delta
+        self._room -= splice.keep + len(splice.tokens)
+        await self._stack.aclose()
+        chain.inner.drop(len(delta.tokens) - splice.keep)
+        chain.inner.inject(splice.tokens)
+        self._streams.append(await self._stack.enter_async_context(self._begin(self._room)))
+        return _joined(delta, splice.keep, injected(splice.tokens, chain.job.logprobs))
+
+
+def _joined(delta: Delta, keep: int, ours: Delta) -> Delta:
+    """The first tokens of a delta and then ours."""
+    logprobs, top = delta.logprobs[:keep] + ours.logprobs, delta.top[:keep] + ours.top
+    return Delta(delta.tokens[:keep] + ours.tokens, logprobs, top)

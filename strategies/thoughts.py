@@ -1,0 +1,65 @@
+"""Thinking cut into thoughts: a new one begins with a paragraph that turns round, such as "Wait" or "Alternatively".
+
+A model that has written many paragraphs without any such word does not use them: then every paragraph is a thought.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from thinkserve.strategies.engine import Engine
+from thinkserve.strategies.text import answer_of
+
+MARKERS = (
+    "Wait", "But", "However", "Alternatively", "Hmm", "Hold on", "Let me", "Actually", "Another", "Is there",
+    "Double-check", "Okay, let me",
+)  # fmt: skip
+
+
+class Segmenter:
+    """Push text, get the thoughts that it completes; `patience` paragraphs without a marker are waited for."""
+
+    def __init__(self, markers: Sequence[str] = MARKERS, patience: int = 24) -> None:
+        self._markers = tuple(marker.lower() for marker in markers)
+        self._longest = max(map(len, self._markers), default=0)
+        self._patience = patience
+        self._marked = False
+        self._past = 0
+        self._thought: list[str] = []
+        self._paragraph = ""
+        # The first paragraph begins the first thought, whatever it says.
+        self._undecided = False
+
+    def push(self, text: str) -> list[tuple[str, ...]]:
+        """More of the thinking; the thoughts that have ended, each as its paragraphs."""
+        ended: list[tuple[str, ...]] = []
+        for character in text:
+            if character != "\n" and self._paragraph.endswith("\n\n"):
+                self._thought.append(self._paragraph.strip())
+                self._paragraph, self._past, self._undecided = "", self._past + 1, True
+            self._paragraph += character
+            if self._undecided and (len(self._paragraph) > self._longest or character == "\n"):
+                self._undecided = False
+                if self._turns():
+                    ended.append(tuple(self._thought))
+                    self._thought.clear()
+        return ended
+
+    def _turns(self) -> bool:
+        """Whether the paragraph at hand begins a new thought."""
+        words = self._paragraph.lower()
+        marked = any(words.startswith(each) and not words[len(each) :][:1].isalnum() for each in self._markers)
+        self._marked |= marked
+        return marked or (not self._marked and self._past > self._patience)
+
+
+def excerpt(thought: Sequence[str], paragraphs: int, tokens: int, engine: Engine) -> str:
+    """The end of a thought in one line, as a verifier is to see it: its last paragraphs, of these its last tokens."""
+    text = " ".join(thought[-paragraphs:])
+    encoded = engine.encode(text, "verifier")
+    return text if len(encoded) <= tokens else engine.decode(encoded[-tokens:], "verifier")
+
+
+def result(excerpt: str) -> str:
+    """What an excerpt that states a result states: its answer, else its last word."""
+    return answer_of(excerpt) or excerpt.rsplit(maxsplit=1)[-1].strip(".,:;!*\"'")

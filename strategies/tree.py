@@ -1,0 +1,243 @@
+"""Propose, score, allocate: the part of every tree search that is not its idea.
+
+    propose   for every node some continuations, each a job of its own on the node's path, all at the same time
+    score     what the reward model says of them: one batch for the whole expansion
+    allocate  the strategy's business: which nodes to go on from, and with how many proposals
+
+Steps end at blank lines. One that closes the thinking runs on to the end, so a complete solution is a leaf. Siblings
+with the same text are one node with a `count`. At the depth limit a proposal is written to the end. Whatever ends the
+search (a limit of its own, the request's tokens or time), `answer` makes the best of what is there.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import count
+
+from anyio import create_task_group
+
+from thinkserve.strategies.engine import Answer, Delta, Emit, Engine, Event, Finish, Path, StoppedBy, Task, chain_seed
+from thinkserve.strategies.errors import leading
+from thinkserve.strategies.pieces import Transcript
+from thinkserve.strategies.rewards import Aggregate, aggregated, cleaned, solution_steps
+from thinkserve.strategies.single import STOPPED_BY
+from thinkserve.strategies.tree_budget import Limits, Spent, answer_room
+from thinkserve.strategies.tree_node import Node
+from thinkserve.strategies.tree_write import Allowance, Draft, Writer
+
+GREEDY = "greedy sampling makes all proposals equal; each node gets one"
+
+
+class Tree:
+    """The nodes of one search, what they cost, and whether it may go on.
+
+    `logprobs` asks the engine for log-probabilities. Nodes are numbered in the order in which they are made: `numbers`.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        engine: Engine,
+        emit: Emit,
+        limits: Limits,
+        aggregate: Aggregate = "last",
+        *,
+        logprobs: bool = False,
+    ) -> None:
+        self.task, self.engine, self.emit, self.limits = task, engine, emit, limits
+        self.spent = Spent()
+        self.warnings: list[str] = []
+        self.ended: Finish | None = None
+        self.root = Node(0, None, task.seed, left=limits.path)
+        self.nodes = [self.root]
+        self._aggregate: Aggregate = aggregate
+        self._writer = Writer(task, engine, logprobs=logprobs)
+        self._numbers = count(1)
+
+    async def start(self) -> Node:
+        """The root, announced."""
+        await self.emit(Event("node.created", None, {"node": 0, "parent": None, "depth": 0, "tokens": 0}))
+        return self.root
+
+    @property
+    def over(self) -> str | None:
+        """Why the search may not go on: the request has ended, or one of its own limits is reached."""
+        return self.ended or self.spent.over(self.limits)
+
+    def value(self, node: Node) -> float:
+        """The rewards of a path as one number."""
+        return aggregated(node.rewards, self._aggregate)
+
+    def branches(self, searches: int) -> list[Tree]:
+        """Searches that go on side by side from nodes of this one, each with its share of what is left."""
+        trees, first = list[Tree](), next(self._numbers)
+        for index in range(searches):
+            tree = Tree(self.task, self.engine, self.emit, self.limits.share(self.spent, searches), self._aggregate)
+            # Numbers that do not depend on who is faster.
+            tree._numbers = count(first + index, searches)
+            tree.ended = self.ended
+            trees.append(tree)
+        return trees
+
+    def join(self, other: Tree) -> None:
+        """Take in what a branch has spent and how it ended."""
+        self.spent.add(other.spent)
+        self.warnings += [text for text in other.warnings if text not in self.warnings]
+        self.ended = self.ended or other.ended
+        self.nodes += other.nodes[1:]
+
+    async def expand(self, counts: Mapping[Node, int]) -> list[Node]:
+        """Propose, and have the proposals scored."""
+        children = await self.propose(counts)
+        await self.score(children)
+        return children
+
+    async def propose(self, counts: Mapping[Node, int]) -> list[Node]:
+        """Children for each node, `counts` of them at most, all written at the same time; duplicates are merged.
+
+        A proposal that fails is a warning. Raises EngineDead, and EngineFailed when all proposals of the root fail.
+        """
+        if self.over:
+            return []
+        left = self.limits.tokens - self.limits.reserve - self.spent.tokens
+        drafts = self._drafts(counts)[:left]
+        for node, number in Counter(draft.parent for draft in drafts).items():
+            self.spent.expansions += 1
+            await self.emit(Event("node.expanded", None, {"node": node.id, "proposals": number}))
+        await self._write(drafts, left // max(1, len(drafts)))
+        failed = [draft.error for draft in drafts if draft.error is not None]
+        if failed and len(failed) == len(drafts) and all(draft.parent is self.root for draft in drafts):
+            raise failed[0]
+        return await self._children(drafts)
+
+    async def score(self, nodes: Sequence[Node]) -> None:
+        """Rewards of the nodes' own steps, in one batch; without text, or once time is over, those of the parents."""
+        for node in nodes:
+            node.rewards = () if node.parent is None else node.parent.rewards
+        wanted = [node for node in nodes if node.steps]
+        if not wanted or self.ended is not None:
+            return
+        try:
+            scores = await self.engine.score(self.task.question, [Path(n.path, len(n.rewards)) for n in wanted])
+        except TimeoutError as error:
+            self.ended = "ceiling" if str(error) == "ceiling" else "deadline"
+            return
+        self.spent.passes += len(wanted)
+        for node, score in zip(wanted, scores, strict=True):
+            node.rewards += cleaned(score.rewards)
+            await self.emit(Event("node.scored", None, {"node": node.id, "reward": round(self.value(node), 4)}))
+
+    async def finish(self, node: Node) -> Node:
+        """A complete solution behind `node`, or behind its nearest ancestor that leaves room for an answer.
+
+        Written in one go, thinking ended in time. `node` itself when it is complete, or when nothing more may be spent.
+        """
+        left = self.limits.tokens - self.spent.tokens
+        if node.terminal or self.ended is not None or left <= 0:
+            return node
+        start, room = node, answer_room(self.limits.path)
+        while start.parent is not None and (not start.open or start.left < room):
+            start = start.parent
+        draft = self._draft(start)
+        await self._write([draft], left, room)
+        if draft.error is not None and node is self.root:
+            raise draft.error
+        return next(iter(await self._children([draft])), node)
+
+    async def answer(self, node: Node, reason: str, votes: Mapping[str, int] = {}, *, decided: bool = True) -> Answer:
+        """Emit the solution of a leaf; of an open node, finish it first. `decided`: no limit cut the search short."""
+        if not node.terminal:
+            start, node = node, await self.finish(node)
+            reason = f"no proposal was complete; {reason}" + (", written to the end" if node is not start else "")
+        over = self.ended or (None if decided else self.over)
+        reason = f"{reason}; {self.spent}" + (f"; stopped by its limit of {over}" if over else "")
+        await self.emit(Event("winner", None, {"node": node.id, "reason": reason}))
+        transcript = self.transcript(node)
+        for piece in transcript.take():
+            await self.emit(piece)
+        whole = node.terminal or node.finish == "repetition"
+        finish: Finish = node.finish if whole else self.ended or "length"
+        stopped_by: StoppedBy = "ceiling" if over == "tokens" else "all_done"
+        stopped_by = STOPPED_BY.get(self.ended or finish, stopped_by)
+        return Answer(tuple(transcript.tokens), finish, node.id, stopped_by, reason, votes, tuple(self.warnings))
+
+    def transcript(self, node: Node) -> Transcript:
+        """The solution that ends in `node`, labelled."""
+        transcript = Transcript(self.engine.info(), self.task.phase)
+        for each in node.line:
+            transcript.push(each.own)
+        transcript.push(Delta(finish=node.finish))
+        return transcript
+
+    def _drafts(self, counts: Mapping[Node, int]) -> list[Draft]:
+        if self.task.sampling.greedy and max(counts.values(), default=0) > 1:
+            self.warn(GREEDY)
+            counts = dict.fromkeys(counts, 1)
+        drafts = [self._draft(node) for node, number in counts.items() for _ in range(number)]
+        # Every proposal may cost a pass of the scorer.
+        most = None if self.limits.passes is None else self.limits.passes - self.spent.passes
+        return drafts[:most]
+
+    def _draft(self, node: Node) -> Draft:
+        seed = None if node.seed is None else chain_seed(node.seed, node.proposed)
+        node.proposed += 1
+        return Draft(node, seed)
+
+    async def _write(self, drafts: Sequence[Draft], total: int, room: int | None = None) -> None:
+        paths = {draft.parent: draft.parent.tokens for draft in drafts}
+        try:
+            async with create_task_group() as group:
+                for draft in drafts:
+                    last = room is not None or draft.parent.depth + 1 >= self.limits.depth
+                    allowance = Allowance(None if last else self.limits.step, total, room)
+                    group.start_soon(self._writer.write, draft, paths[draft.parent], allowance)
+        except BaseExceptionGroup as errors:
+            raise leading(errors) from errors
+        finally:
+            self.spent.tokens += sum(draft.generated for draft in drafts)
+
+    async def _children(self, drafts: Sequence[Draft]) -> list[Node]:
+        kept: dict[tuple[Node, str, bool], Node] = {}
+        for draft in drafts:
+            if draft.finish in {"ceiling", "deadline"}:
+                self.ended = draft.finish
+            if draft.error is not None:
+                self.warn(f"a proposal failed: {draft.error}")
+                await self.emit(Event("error", None, {"node": draft.parent.id, "message": str(draft.error)}))
+            elif (node := self._node(draft)) is not None:
+                told = {"node": node.id, "parent": draft.parent.id, "depth": node.depth, "tokens": len(draft.tokens)}
+                await self.emit(Event("node.created", None, told))
+                first = kept.setdefault((draft.parent, node.text, node.terminal), node)
+                if first is not node:
+                    first.count += 1
+                    await self.prune(node, "duplicate")
+        self.nodes += kept.values()
+        return list(kept.values())
+
+    def _node(self, draft: Draft) -> Node | None:
+        """The node of a draft; None when nothing was written, or nothing but white space of an unfinished solution."""
+        parent, size, text = draft.parent, len(draft.tokens), self.engine.decode(draft.tokens)
+        steps = solution_steps(text) if text.strip() else ()
+        if not size or (not steps and not draft.terminal and draft.finish == "stop"):
+            return None
+        return Node(
+            next(self._numbers),
+            parent,
+            draft.seed,
+            draft.own,
+            steps,
+            parent.length + size,
+            parent.left - size,
+            draft.terminal,
+            draft.finish,
+        )
+
+    async def prune(self, node: Node, reason: str) -> None:
+        """Tell that a node is given up."""
+        await self.emit(Event("node.pruned", None, {"node": node.id, "reason": reason}))
+
+    def warn(self, text: str) -> None:
+        """Say something once."""
+        if text not in self.warnings:
+            self.warnings.append(text)

@@ -1,0 +1,92 @@
+"""Beam search: slots, what is kept of them, and the plain case."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.strategies.worlds import World, binary, preferring, search, text_of, told
+
+
+def lettered(text: str) -> tuple[str, ...]:
+    """Two letters a step, for ever."""
+    return ("a\n\n", "b\n\n")
+
+
+@given(n=st.integers(1, 6), lengths=st.lists(st.integers(0, 4), min_size=6, max_size=6))
+def test_width_one_and_equal_rewards_are_plain_samples(n: int, lengths: list[int]) -> None:
+    """n solutions of n chains, each the text that it would have written alone, and no token more."""
+    chains = [f"{name}\n\n" * length + f"so {name}" for name, length in zip("uvwxyz", lengths, strict=True)]
+
+    def steps(text: str) -> tuple[str, ...]:
+        return tuple(chain[len(text) :] for chain in chains[:n] if chain.startswith(text))
+
+    world, plain = World(steps, lambda text: 0.5), World({"": tuple(chains)})
+
+    answer, out = search("beam", world, n=n, m=1, select="majority")
+    search("majority", plain, k=n)
+
+    assert sorted(chains[:n]) == sorted(leaves(world))
+    assert n == sum(answer.votes.values()) or n == len(told(out, "vote")[0]["voters"])  # type: ignore[arg-type]
+    assert plain.generated == world.generated
+
+
+def leaves(world: World) -> list[str]:
+    """The complete solutions that were written."""
+    ends = [stream for stream in world.history if stream.tokens and stream.tokens[-1] == 0]
+    return [world.behind(stream.job) + world.decode(stream.tokens) for stream in ends]
+
+
+def test_of_every_m_steps_the_best_is_kept_and_replicated() -> None:
+    """n = 4, m = 2: the two best of four, twice each; the others are pruned."""
+    rewards = {"a\n\n": 0.2, "b\n\n": 0.9, "c\n\n": 0.4, "d\n\n": 0.8}
+    world = World({"": tuple(rewards)}, rewards)
+
+    _, out = search("beam", world, n=4, m=2)
+
+    assert {"": 4, "b\n\n": 2, "d\n\n": 2} == dict(world.visits)
+    assert {1, 3} == {event["node"] for event in told(out, "node.pruned") if event["reason"] == "beam"}
+
+
+def test_complete_solutions_leave_with_their_slots() -> None:
+    """Two of four are complete after the first step: two slots go on."""
+    world = World({"": ("1", "2", "a\n\n", "b\n\n"), "a\n\n": ("3", "4")}, {"a\n\n": 0.9, "b\n\n": 0.2})
+
+    answer, out = search("beam", world, n=4, m=2, select="majority")
+
+    assert {"": 4, "a\n\n": 2} == dict(world.visits)
+    assert {"1": 1, "2": 1, "3": 1, "4": 1} == dict(answer.votes)
+    assert 2 == len(told(out, "node.expanded"))
+
+
+def test_two_slots_that_write_the_same_are_two() -> None:
+    """They are scored once, but both take part in what follows."""
+    world = World({"": ("a\n\n", "a\n\n", "b\n\n", "c\n\n")}, {"a\n\n": 0.9, "b\n\n": 0.8, "c\n\n": 0.1})
+
+    search("beam", world, n=4, m=2)
+
+    assert {"": 4, "a\n\n": 4} == dict(world.visits)
+    assert 3 == len(world.scored[0][1])
+
+
+@pytest.mark.parametrize(("select", "answer"), [("weighted", "2"), ("best", "1"), ("majority", "3")])
+def test_the_solutions_decide_as_asked(select: str, answer: str) -> None:
+    """By sum of rewards, by the best, or by number."""
+    chains = ("1", "2", "so 2", "3", "is 3", "or 3")
+    rewards = dict(zip(chains, (0.9, 0.6, 0.6, 0.1, 0.1, 0.1), strict=True))
+    world = World({"": chains}, rewards)
+
+    result, _ = search("beam", world, n=6, m=2, select=select)
+
+    assert text_of(world, result).endswith(answer)
+
+
+def test_one_beam_is_greedy_by_reward() -> None:
+    """n = m: the best step of each round is gone on with."""
+    world = World(binary(5), preferring("RLRLR"))
+
+    answer, out = search("beam", world, n=4, m=4)
+
+    assert "RLRLR" == text_of(world, answer).replace("\n", "")
+    assert 6 == len(told(out, "node.expanded"))

@@ -1,0 +1,50 @@
+"""DVTS: subtrees that share nothing."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from tests.strategies.worlds import World, search, text_of, told
+from thinkserve.strategies.dvts import DvtsOptions
+
+
+def test_every_subtree_goes_on_from_its_own_best() -> None:
+    """The best of its m steps, though all of another subtree's are better."""
+    rewards = {"a\n\n": 0.9, "b\n\n": 0.8, "c\n\n": 0.2, "d\n\n": 0.3}
+    world = World({"": tuple(rewards)}, rewards)
+
+    search("dvts", world, n=4, m=2)
+
+    assert {"": 4, "a\n\n": 2, "d\n\n": 2} == dict(world.visits)
+
+
+def test_the_solutions_of_the_last_expansions_decide() -> None:
+    """One subtree ends at once with two answers, the other one step later; a solution that was passed over is out."""
+    steps = {"": ("1", "so 1", "2", "e\n\n"), "e\n\n": ("3", "f\n\n")}
+    rewards = {"1": 0.5, "so 1": 0.4, "2": 0.3, "e\n\n": 0.6, "e\n\n3": 0.8, "e\n\nf\n\n": 0.7}
+    world = World(steps, rewards)
+
+    answer, out = search("dvts", world, n=4, m=2)
+
+    assert {"1": 2, "3": 1} == dict(answer.votes)
+    assert {"1": pytest.approx(0.9), "3": 0.8} == told(out, "vote")[0]["weights"]
+    assert "1" == text_of(world, answer)
+
+
+def test_numbers_of_nodes_do_not_depend_on_who_is_faster() -> None:
+    """The same tree whatever the pace of its steps."""
+    steps = {"": ("a\n\n", "b\n\n"), "a\n\n": ("c\n\n",), "b\n\n": ("d\n\n",)}
+
+    def tree(pace: dict[int, int]) -> dict[object, object]:
+        _, out = search("dvts", World(steps, lambda text: 0.5, pace=pace), n=2, m=1)
+        return {event["node"]: event["parent"] for event in told(out, "node.created")}
+
+    assert tree({}) == tree({2: 9})
+    assert 7 == len(tree({}))
+
+
+def test_m_divides_n() -> None:
+    """Otherwise there is no whole number of subtrees."""
+    with pytest.raises(ValidationError, match="divide"):
+        DvtsOptions(n=6, m=4)

@@ -1,0 +1,150 @@
+"""Particle filtering: weights, systematic resampling, and the search with and without a reward model."""
+
+from __future__ import annotations
+
+from math import nan
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.strategies.worlds import World, search, text_of, told
+from thinkserve.strategies.errors import Unsupported
+from thinkserve.strategies.particle import Weights, effective, log_potential, normalised, systematic
+
+
+@pytest.mark.parametrize(("kind", "weights"), [("odds", (0.890, 0.099, 0.011)), ("softmax", (0.472, 0.316, 0.212))])
+def test_weights_of_three_rewards(kind: Weights, weights: tuple[float, ...]) -> None:
+    """Rewards .9, .5 and .1 as odds and under a softmax."""
+    logs = [log_potential(kind, reward, ()) for reward in (0.9, 0.5, 0.1)]
+
+    assert weights == pytest.approx(normalised(logs), abs=1e-3)
+
+
+def test_sure_rewards_have_finite_weights() -> None:
+    """0 and 1 are clipped."""
+    assert [pytest.approx(1.0), pytest.approx(0.0, abs=1e-12)] == normalised(
+        [log_potential("odds", reward, ()) for reward in (1.0, 0.0)]
+    )
+
+
+def test_without_a_reward_model_a_step_weighs_its_mean_log_probability() -> None:
+    """A long step is not worse than a short one; a step without any is neutral."""
+    assert pytest.approx(-0.5) == log_potential("self", nan, [-0.2, -0.8])
+    assert pytest.approx(-0.5) == log_potential("self", nan, [-0.5] * 40)
+    assert 0.0 == log_potential("self", nan, ())
+
+
+@pytest.mark.parametrize(("weights", "size"), [([0.25] * 4, 4.0), ([1.0, 0.0], 1.0), ([0.5, 0.5, 0.0, 0.0], 2.0)])
+def test_the_effective_number_of_particles(weights: list[float], size: float) -> None:
+    """All of them when they are equal, one when it has everything."""
+    assert pytest.approx(size) == effective(weights)
+
+
+@given(raw=st.lists(st.floats(0, 1), min_size=1, max_size=20), n=st.integers(1, 64), start=st.floats(0, 0.999))
+def test_systematic_copies_are_the_expected_number_rounded(raw: list[float], n: int, start: float) -> None:
+    """Up or down, and n in all."""
+    weights = [value / sum(raw) for value in raw] if sum(raw) > 1e-3 else [1 / len(raw)] * len(raw)
+
+    counts = systematic(weights, n, start)
+
+    assert n == sum(counts)
+    assert all(abs(count - n * weight) < 1 + 1e-6 for count, weight in zip(counts, weights, strict=True))
+
+
+def test_resampling_follows_the_weights() -> None:
+    """Chi-square of 10,000 resamples of one from the odds of .9, .5 and .1: below the 0.1% point of 2 degrees."""
+    weights = normalised([log_potential("odds", reward, ()) for reward in (0.9, 0.5, 0.1)])
+    rng = Random(0)
+    drawn = [systematic(weights, 1, rng.random()) for _ in range(10_000)]
+
+    seen = [sum(counts[at] for counts in drawn) for at in range(3)]
+    chi = sum((have - 10_000 * weight) ** 2 / (10_000 * weight) for have, weight in zip(seen, weights, strict=True))
+
+    assert chi < 13.8
+
+
+def test_particles_are_copied_by_weight_once_few_are_effective() -> None:
+    """One of four has nearly all of the weight: all four go on from it, and the others are pruned."""
+    rewards = {"a\n\n": 0.99, "b\n\n": 0.01, "c\n\n": 0.01, "d\n\n": 0.01}
+    world = World({"": tuple(rewards)}, rewards)
+
+    _, out = search("particle", world, n=4)
+
+    assert {"": 4, "a\n\n": 4} == dict(world.visits)
+    assert {2, 3, 4} == {event["node"] for event in told(out, "node.pruned") if event["reason"] == "resampled"}
+
+
+@pytest.mark.parametrize(("threshold", "resampled"), [(0.5, False), (1.0, True)])
+def test_while_weights_are_alike_all_particles_go_on(threshold: float, resampled: bool) -> None:
+    """Weights of 9 to 5, four of each: 7.4 of 8 are effective. Only a threshold of 1 copies the heavier."""
+    rewards = {f"{name}\n\n": 0.9 if name < "e" else 0.3 for name in "abcdefgh"}
+    world = World({"": tuple(rewards)}, rewards)
+
+    _, out = search("particle", world, n=8, weights="softmax", threshold=threshold)
+
+    assert resampled == any(event["reason"] == "resampled" for event in told(out, "node.pruned"))
+    heavy = sum(world.visits[text] for text, reward in rewards.items() if reward > 0.5)
+    assert (heavy in {5, 6}) if resampled else heavy == 4
+
+
+def test_complete_solutions_keep_their_weight_and_compete() -> None:
+    """An answer found early is resampled against steps that are still open, and answers if it is heaviest."""
+    steps = {"": ("1", "b\n\n", "b\n\n", "b\n\n"), "b\n\n": ("2",)}
+    world = World(steps, {"1": 0.99, "b\n\n": 0.2, "b\n\n2": 0.2})
+
+    answer, _ = search("particle", world, n=4)
+
+    assert "1" == text_of(world, answer)
+    assert "rated" in answer.reason
+
+
+def test_equal_particles_are_scored_once_and_count_as_many() -> None:
+    """Three of four wrote the same: a vote of equal weights is theirs."""
+    world = World({"": ("1", "2", "2", "2")}, lambda text: 0.5)
+
+    answer, _ = search("particle", world, n=4, select="majority")
+
+    assert ({"2": 3, "1": 1}, 2) == (dict(answer.votes), len(world.scored[0][1]))
+
+
+def test_without_a_reward_model_the_own_log_probabilities_weigh() -> None:
+    """The surer of two answers; log-probabilities are asked for, and nothing is scored."""
+    # The log-probability of a scripted token is -(token % 7 + 1) / 10: 'a' has -0.3, 'f' has -0.1, the end -0.1.
+    world = World({"": ("a" * 9, "f" * 9)}, roles=("target",))
+
+    answer, _ = search("particle", world, n=2)
+
+    assert "f" * 9 == text_of(world, answer)
+    assert [0, 0] == [stream.job.logprobs for stream in world.history]
+    assert "0 scorer passes" in answer.reason
+
+
+def test_with_a_reward_model_odds_are_the_default() -> None:
+    """The rewarded answer, not the surer one."""
+    world = World({"": ("a" * 9, "f" * 9)}, lambda text: 0.9 if "a" in text else 0.1)
+
+    assert "a" * 9 == text_of(world, search("particle", world, n=2)[0])
+
+
+def test_rewards_that_are_asked_for_need_their_model() -> None:
+    """Refused before the first token."""
+    world = World({"": ("a",)}, roles=("target",))
+
+    with pytest.raises(Unsupported, match="reward"):
+        search("particle", world, n=2, weights="odds")
+    assert [] == world.history
+
+
+def test_the_seed_decides_what_is_resampled() -> None:
+    """Equal seeds resample alike, others do not always."""
+
+    def heirs(seed: int) -> tuple[str, ...]:
+        rewards = {f"{name}\n\n": 0.5 + place / 20 for place, name in enumerate("abcdef")}
+        world = World({"": tuple(rewards)}, rewards)
+        search("particle", world, world.task(seed=seed), n=6, threshold=1.0)
+        return tuple(sorted(world.visits.elements()))
+
+    assert heirs(1) == heirs(1)
+    assert len({heirs(seed) for seed in range(20)}) > 1
