@@ -95,10 +95,12 @@ class Measured:
 async def served(**settings: Any) -> AsyncIterator[httpx.AsyncClient]:
     """A client of a server with these settings, started and stopped here."""
     from thinkserve.server.app import create_app
-    from thinkserve.server.vllm_engine import create
+    from thinkserve.server.deployment import plan_models
+    from thinkserve.server.roles import create
+    from thinkserve.server.vllm_launch import is_cpu_build
 
     known = Settings(**settings, served_name=NAME, request_timeout_s=TIMEOUT_S, max_inflight=4096)
-    backend = await create(known)
+    backend = await create(known, plan_models(known, is_cpu_build()))
     try:
         transport = httpx.ASGITransport(create_app(known, backend))
         async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=TIMEOUT_S) as client:

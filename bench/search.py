@@ -51,10 +51,16 @@ def row_of(method: str, chains: int, mean: float) -> Row:
 
 
 async def bench(
-    model: str, methods: Sequence[str], budgets: Sequence[int], problems: Sequence[Problem], asked: Asked, kept: Journal
+    models: tuple[str, str],
+    methods: Sequence[str],
+    budgets: Sequence[int],
+    problems: Sequence[Problem],
+    asked: Asked,
+    kept: Journal,
 ) -> list[Measured]:
     """All rows, plain chains first."""
-    async with served(model=model) as client:
+    model, reward = models
+    async with served(model=model, reward=reward) as client:
         done = [await measure(client, Row("single"), problems, asked, kept)]
         for chains in budgets:
             for method in methods:
@@ -100,6 +106,7 @@ def plot(done: Sequence[Measured]) -> str:
 
 def command(
     model: Annotated[str, typer.Option(help="Model directory.")] = str(ROOT / "models/arith-small"),
+    reward: Annotated[str, typer.Option(help="Process reward model.")] = str(ROOT / "models/arith-prm"),
     problems: Annotated[int, typer.Option(min=1)] = 300,
     level: str = "hard",
     method: Annotated[list[str] | None, typer.Option(help="One method; may be repeated.")] = None,
@@ -111,9 +118,9 @@ def command(
     """Measure, print the tables and one line of JSON, and keep both with the plot."""
     methods, budgets = method or list(METHODS), (4,) if quick else tuple(chains or BUDGETS)
     count, asked = 8 if quick else problems, Asked(concurrency, temperature=0.8)
-    told = {"problems": count, "level": level, **asdict(asked)}
+    told = {"reward": Path(reward).name, "problems": count, "level": level, **asdict(asked)}
     run = Run("search", model, told)
-    done = anyio.run(bench, model, methods, budgets, load(level, count, asked.seed), asked, run.journal())
+    done = anyio.run(bench, (model, reward), methods, budgets, load(level, count, asked.seed), asked, run.journal())
     rows = list(map(cells, done))
     run.publish([(HEADER, rows), (TARGETS, verdicts(done))], plot(done), None if quick else out)
 

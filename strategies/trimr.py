@@ -4,7 +4,7 @@
     of every thought that has ended, in order, beside the decoding:
         does its end state a result?                          ask the verifier; only such thoughts count
         is it the result of the last such thought?            ask again (`compare`); `agree` counts Yes in a row
-        agree = M = 2, three results in a row                 overthinking: lead the model to its conclusion
+        agree = M = 2, three results in a row                 overthinking: lead the model to its conclusion (`ending`)
     thinking has used R = half of its tokens, or N = 20 thoughts have ended, and no three results agree
                                                               underthinking: close the thinking by force
     the same block of tokens K = 4 times back to back         repetition: close the thinking by force
@@ -41,7 +41,7 @@ from thinkserve.strategies.splice import Modified, Watcher
 from thinkserve.strategies.thoughts import MARKERS, Segmenter, excerpt, result
 from thinkserve.strategies.verifier import ASK_EXISTS, ASK_SAME, Verifier
 
-LEAD, SMALL_LEAD = "**Final Answer**\n\n", "So the answer is"
+LEAD = "**Final Answer**\n\n"
 
 
 class TrimrOptions(EndingOptions):
@@ -72,9 +72,10 @@ class TrimrOptions(EndingOptions):
     ask_exists: str = Field(default=ASK_EXISTS, max_length=2000, description="With {question} and {excerpt}.")
     ask_same: str = Field(default=ASK_SAME, max_length=2000, description="With {question}, {first} and {second}.")
     margin: float = Field(default=0.0, ge=-20, le=20, allow_inf_nan=False, description="Log-odds that make a Yes.")
-    lead: str | None = Field(
-        default=None, max_length=400, description="Words of a mild ending; left out, a heading, or a small model's own."
+    ending: Literal["mild", "forced"] | None = Field(
+        default=None, description="How overthinking ends; left out, mildly, or by force with a small model."
     )
+    lead: str = Field(default=LEAD, max_length=400, description="Words of a mild ending.")
     mild_room: int | None = Field(
         default=None, ge=1, le=65_536, description="Tokens of thinking after a mild ending; left out, 512."
     )
@@ -145,7 +146,8 @@ class _Watched(Thought):
         small = context < FULL_CONTEXT
         self._paragraphs = options.excerpt_paragraphs or (2 if small else 5)
         self._tokens = options.excerpt_tokens or scaled(300, context)
-        self._lead = (SMALL_LEAD if small else LEAD) if options.lead is None else options.lead
+        # The embedded family goes on verifying after any words of ours.
+        self._kind = options.ending or ("forced" if small else "mild")
         self._compare = options.compare or ("results" if small else "ask")
         self._mild_room = options.mild_room or scaled(512, context)
         budget = job.max_tokens if job.thinking_budget is None else min(job.thinking_budget, job.max_tokens)
@@ -158,7 +160,7 @@ class _Watched(Thought):
 
     def lead(self) -> str:
         """The words that make the model conclude."""
-        return self._lead
+        return self._options.lead
 
     def take(self, token: int, text: str) -> None:
         """The rules that need no verifier; and what there is to verify."""
@@ -219,7 +221,7 @@ class _Watched(Thought):
         told = {"thought": number, "exists": exists, "same": same, "count": self._agree}
         self.tell(Event("verifier", self._trimmed.index(self.job), told))
         if self._agree >= self._options.agreements:
-            self.end(Ending("overthinking", "mild"))
+            self.end(Ending("overthinking", self._kind))
 
     def _failed(self, error: EngineFailed | TooLong | Unsupported) -> None:
         if self._options.on_verifier_error == "fail":

@@ -293,14 +293,17 @@ async def test_what_is_put_in_is_not_looked_at_again() -> None:
     assert engine.generated + len(lead) + 2 >= len(out.tokens) - 205
 
 
-async def test_a_small_model_has_words_and_lengths_of_its_own() -> None:
-    """By its context: its trained way to conclude, and a tag without a sentence."""
+async def test_a_small_model_is_ended_by_force_and_without_a_sentence() -> None:
+    """By its context; one that asks for the mild ending gets it."""
     info: ModelInfo = replace(SCRIPTED, context=4096)
-    _, out, text = await trim(Watched(thinking("1" * 20) + "</think>1", info=info), mild_room=30, **OFF)
-
-    assert "So the answer is" in text.split("of it.\n\n")[-1] or "\n\nSo the answer is Now" in text
-    assert [("overthinking", "mild"), ("overthinking", "forced")] == endings(out)
+    script = thinking("1" * 20) + "</think>1"
+    _, out, text = await trim(Watched(script, info=info), **OFF)
+    assert [("overthinking", "forced")] == endings(out)
     assert text.split("</think>")[0].endswith(("\n", "\n\n"))
+
+    _, out, text = await trim(Watched(script, info=info), ending="mild", mild_room=30, **OFF)
+    assert [("overthinking", "mild"), ("overthinking", "forced")] == endings(out)
+    assert LEAD in text
 
 
 async def test_excerpts_are_the_ends_of_thoughts() -> None:
