@@ -15,10 +15,11 @@ import httpx
 
 from thinkserve.server.model_dir import StartError
 from thinkserve.server.plan import ServedModel
-from thinkserve.server.remote_http import RemoteHttp, RemoteSettings
+from thinkserve.server.remote_http import RemoteHttp
 from thinkserve.server.remote_model import RemoteModel
 from thinkserve.server.remote_reward import RemoteReward, named_format
 from thinkserve.server.remote_tokens import RemoteTokenizer
+from thinkserve.server.settings import RemoteSettings
 from thinkserve.strategies.engine import Engine, Job, ModelInfo, Path, Role, Sampling, Tokens
 from thinkserve.strategies.errors import ReasoningError, Unsupported
 

@@ -20,6 +20,7 @@ import httpx
 
 from thinkserve.server.errors import clean
 from thinkserve.server.remote_breaker import Breaker
+from thinkserve.server.settings import RemoteSettings
 from thinkserve.strategies.errors import EngineDead, EngineFailed, Unsupported
 
 # The server works, and will never do what this request asks for.
@@ -35,37 +36,6 @@ _CLOSE_S = 2.0
 _FIRST_WAIT_S = 0.1
 # Below the five seconds after which vLLM closes an idle connection.
 _IDLE_S = 4.0
-
-
-@dataclass(frozen=True, slots=True)
-class RemoteSettings:
-    """How a remote model is reached. `model` picks one of several; `key_env` names the variable that holds the key.
-
-    Times in seconds: `read_timeout_s` is the longest silence, `longest_wait_s` the longest pause before a retry.
-    Sizes in bytes: of one line of a stream, of a stream, of any other answer. `ca_file` replaces the usual authorities.
-    For models with a tokenizer of their own: the tags of thinking, and the text `begin` of the token that begins a
-    sequence. `reward_format` is the family of a reward model.
-    """
-
-    model: str | None = None
-    key_env: str | None = None
-    connect_timeout_s: float = 5.0
-    read_timeout_s: float = 120.0
-    write_timeout_s: float = 30.0
-    pool_timeout_s: float = 30.0
-    retries: int = 2
-    longest_wait_s: float = 30.0
-    breaker_failures: int = 5
-    breaker_cooldown_s: float = 10.0
-    max_connections: int = 128
-    max_line_bytes: int = 4 << 20
-    max_stream_bytes: int = 512 << 20
-    max_body_bytes: int = 64 << 20
-    ca_file: Path | None = None
-    reasoning_open: str = "<think>"
-    reasoning_close: str = "</think>"
-    reward_format: str | None = None
-    begin: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ import anyio
 from thinkserve.server.deployment import Deployment, Remote
 from thinkserve.server.errors import RoleDown
 from thinkserve.server.plan import Backend, Rendered, ServedModel
-from thinkserve.server.settings import RemoteModel, Settings
+from thinkserve.server.settings import RemoteSettings, Settings
 from thinkserve.server.vectors import VectorRegistry
 from thinkserve.strategies.engine import (
     Chain,
@@ -57,11 +57,12 @@ async def create(settings: Settings, deployment: Deployment) -> Roles:
 
 async def _connect(remote: Remote, settings: Settings, target: ServedModel) -> ServedModel:
     from thinkserve.server.remote_engine import connect
-    from thinkserve.server.remote_http import RemoteSettings
 
-    given = settings.remote.get(remote.role, RemoteModel()).model_dump()
-    given |= {"reasoning_open": settings.reasoning_open, "reasoning_close": settings.reasoning_close}
-    return await connect(remote.url, RemoteSettings(**given), target, remote.role)
+    # The tags of the server's own model, unless the remote one is said to have others.
+    tags = {"reasoning_open": settings.reasoning_open, "reasoning_close": settings.reasoning_close}
+    given = settings.remote.get(remote.role, RemoteSettings())
+    told = tags | given.model_dump(exclude_unset=True)
+    return await connect(remote.url, RemoteSettings(**told), target, remote.role)
 
 
 class Roles:

@@ -26,17 +26,28 @@ class Preset(BaseModel):
     description: str = ""
 
 
-class RemoteModel(BaseModel):
-    """How a model on another server is reached, beyond its address."""
+class RemoteSettings(BaseModel):
+    """How a model on another server is reached, beyond its address; times in seconds, sizes in bytes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     model: str | None = Field(None, description="Which of the server's models; default: the only one.")
     key_env: str | None = Field(None, description="Environment variable that holds the API key.")
     ca_file: Path | None = Field(None, description="Certificates to trust instead of the usual ones.")
-    connect_timeout_s: float = Field(5.0, gt=0, description="Longest wait for a connection, in seconds.")
-    read_timeout_s: float = Field(120.0, gt=0, description="Longest silence of the server, in seconds.")
-    retries: int = Field(2, ge=0, description="How often a request that failed is tried again.")
+    connect_timeout_s: float = Field(5.0, gt=0, description="Longest wait for a connection.")
+    read_timeout_s: float = Field(120.0, gt=0, description="Longest silence of the server.")
+    write_timeout_s: float = Field(30.0, gt=0, description="Longest wait while a request is sent.")
+    pool_timeout_s: float = Field(30.0, gt=0, description="Longest wait for one of the connections.")
+    max_connections: int = Field(128, ge=1, description="Requests at once.")
+    retries: int = Field(2, ge=0, description="How often a request that failed before its first token is tried again.")
+    longest_wait_s: float = Field(30.0, ge=0, description="Longest pause before a retry, whatever the server asks for.")
+    breaker_failures: int = Field(5, ge=1, description="Failures in a row after which nothing is sent for a while.")
+    breaker_cooldown_s: float = Field(10.0, ge=0, description="How long that while is.")
+    max_line_bytes: int = Field(4 << 20, ge=1, description="Longest line of a stream.")
+    max_stream_bytes: int = Field(512 << 20, ge=1, description="Longest stream.")
+    max_body_bytes: int = Field(64 << 20, ge=1, description="Longest answer that is no stream.")
+    reasoning_open: str = Field("<think>", description="Tag that opens thinking, of a model with its own tokenizer.")
+    reasoning_close: str = Field("</think>", description="Tag that closes it.")
     reward_format: str | None = Field(None, description="Family of a reward model that does not tell.")
     begin: str = Field("", description="Text of the token that begins a sequence, if the tokenizer has one.")
 
@@ -91,8 +102,8 @@ class Settings(BaseSettings):
     drain_timeout_s: float = Field(120.0, ge=0, description="Seconds that requests may go on after SIGTERM.")
     log_json: bool = Field(False, description="One JSON line per request instead of text.")
     # Engine
-    remote: dict[Helper, RemoteModel] = Field(
-        default_factory=dict[Helper, RemoteModel],
+    remote: dict[Helper, RemoteSettings] = Field(
+        default_factory=dict[Helper, RemoteSettings],
         description="For roles on other servers: how those are reached.",
     )
     dtype: str = Field("auto", description="Weights' type in the engine.")

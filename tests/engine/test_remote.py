@@ -20,8 +20,8 @@ from anyio.from_thread import BlockingPortal
 
 from thinkserve.server.model_dir import EMBEDDED, MODELS
 from thinkserve.server.remote_engine import connect
-from thinkserve.server.remote_http import RemoteSettings
 from thinkserve.server.remote_model import RemoteModel
+from thinkserve.server.settings import RemoteSettings
 from thinkserve.server.vllm_engine import VllmBackend
 from thinkserve.strategies.engine import Engine, Finish, Job, Sampling, Tokens
 from thinkserve.strategies.errors import Unsupported

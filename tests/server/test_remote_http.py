@@ -23,7 +23,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 
 from tests.server.remote_fake import Asked, FakeVllm, reply, told
-from thinkserve.server.remote_http import RemoteHttp, RemoteSettings, error_message
+from thinkserve.server.remote_http import RemoteHttp, error_message
+from thinkserve.server.settings import RemoteSettings
 from thinkserve.strategies.errors import EngineDead, EngineFailed, Unsupported
 
 pytestmark = pytest.mark.anyio

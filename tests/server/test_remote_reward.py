@@ -15,10 +15,10 @@ from anyio.abc import ByteStream
 from tests.server.remote_fake import Asked, FakeVllm, card, told
 from thinkserve.server.model_dir import StartError
 from thinkserve.server.remote_engine import connect
-from thinkserve.server.remote_http import RemoteSettings
 from thinkserve.server.remote_model import RemoteModel
 from thinkserve.server.remote_reward import named_format
 from thinkserve.server.reward_formats import sigmoid
+from thinkserve.server.settings import RemoteSettings
 from thinkserve.server.testing import ScriptedBackend
 from thinkserve.strategies.engine import Job, Path, Tokens
 from thinkserve.strategies.errors import EngineFailed, Unsupported

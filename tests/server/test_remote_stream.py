@@ -16,9 +16,10 @@ import pytest
 from anyio.abc import ByteStream, SocketAttribute, SocketStream
 
 from tests.server.remote_fake import END, STREAM, Asked, FakeVllm, framed
-from thinkserve.server.remote_http import RemoteHttp, RemoteSettings
+from thinkserve.server.remote_http import RemoteHttp
 from thinkserve.server.remote_model import RemoteModel
 from thinkserve.server.remote_tokens import RemoteTokenizer
+from thinkserve.server.settings import RemoteSettings
 from thinkserve.strategies.engine import Control, Delta, Job, ModelInfo, Sampling, Stream
 from thinkserve.strategies.errors import BadOptions, EngineFailed, TooLong, Unsupported
 from thinkserve.strategies.testing import SCRIPTED, ScriptedEngine
