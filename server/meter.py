@@ -1,7 +1,8 @@
 """MeteredEngine: what a request cost, chain by chain and model by model, as the engines counted it.
 
 Tokens that were sampled but never read are included: a stream's own count is taken after its block has been left. Jobs
-that continue an earlier one (same role and seed, a longer prompt) and the segments of a chain are one chain.
+that go on where an earlier one was left (its prompt and what it wrote, or its prompt and seed) and the segments of a
+chain are one chain; a branch of a tree is one as well.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import takewhile
 
 from thinkserve.server.metrics import Metrics
 from thinkserve.strategies.around import Around, Open
@@ -28,16 +30,26 @@ class Tally:
     role: Role
     seed: int | None
     prompt: Tokens
+    written: list[int] = field(default_factory=list[int])
     generated: int = 0
     cached: int = 0
     finish: Finish | None = None
     live: bool = True
     failed: bool = False
 
-    def continues(self, job: Job) -> bool:
-        """Whether `job` goes on where this chain was left."""
-        same = not self.live and self.seed is not None and (self.role, self.seed) == (job.role, job.seed)
-        return same and len(job.prompt) > len(self.prompt) and job.prompt[: len(self.prompt)] == self.prompt
+    def repeated(self, job: Job) -> int:
+        """How much of this chain `job` goes on from: tokens of its last job, and one more for the same seed; or 0."""
+        known = len(self.prompt)
+        if self.live or len(job.prompt) <= known or job.prompt[:known] != self.prompt:
+            return 0
+        pairs = zip(self.written, job.prompt[known:], strict=False)
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        return same + (self.seed is not None and self.seed == job.seed)
+
+    def go_on(self, job: Job) -> None:
+        """The chain is at work again."""
+        self.prompt, self.live, self.finish = job.prompt, True, None
+        self.written.clear()
 
 
 @dataclass(slots=True)
@@ -101,12 +113,14 @@ class MeteredEngine(Around):
     async def watch(self, open: Open, job: Job) -> AsyncIterator[Stream]:
         """Run a job and add its count to its chain."""
         chains = self.chains if job.role == "target" else self._helping
-        earlier = next((chain for chain in chains if chain.continues(job)), None)
+        earlier = max(chains, key=lambda chain: chain.repeated(job), default=None)
+        earlier = earlier if earlier is not None and earlier.repeated(job) else None
         tally = earlier or Tally(job.role, job.seed, job.prompt)
         if earlier is None:
             chains.append(tally)
+        else:
+            earlier.go_on(job)
         self.jobs[job.role] += 1
-        tally.live, tally.finish = True, None
         stream: Stream | None = None
         self._metrics.chains_inflight.inc()
         try:
@@ -135,6 +149,7 @@ class _Metered(Through):
 
     async def __anext__(self) -> Delta:
         delta = await self._inner.__anext__()
+        self._tally.written += delta.tokens
         if delta.finish is not None:
             self._tally.finish = delta.finish
         return delta

@@ -54,8 +54,22 @@ async def test_a_job_that_goes_on_where_one_was_left_is_the_same_chain() -> None
     assert meter.finished == 1
 
 
+async def test_a_job_without_a_seed_is_known_by_what_it_repeats() -> None:
+    """Of several chains with the same prompt, the one whose tokens it goes on from; a branch is a chain of its own."""
+    engine = ScriptedEngine(lambda job, index: "abcdefgh"[index:])
+    meter = metered(engine)
+    job = Job(prompt=(5,), max_tokens=3)
+    first, second = [await read(meter, job) for _ in range(2)]
+    await read(meter, replace(job, prompt=job.prompt + second[:2] + engine.encode("!")))
+    assert [3, 6] == [chain.generated for chain in meter.chains]
+
+    await read(meter, replace(job, prompt=job.prompt + first))
+    await read(meter, replace(job, prompt=job.prompt + first))
+    assert [6, 6, 3] == [chain.generated for chain in meter.chains]
+
+
 async def test_jobs_with_other_seeds_or_none_are_chains_of_their_own() -> None:
-    """Only a seed tells that two jobs belong together."""
+    """Where they begin at the same prompt."""
     meter = metered(ScriptedEngine(["a"]))
     for seed in (1, 2, None, None):
         await read(meter, Job(prompt=(5,), max_tokens=5, seed=seed))
