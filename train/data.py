@@ -118,11 +118,15 @@ class Batcher:
         labels = torch.tensor([known + [IGNORE] * (width - len(known)) for _, known in rows])
         return inputs[:, :-1], labels[:, 1:]
 
+    def draw(self, progress: float) -> tuple[list[int], list[int]]:
+        """The next document: ids and labels, the labels not yet shifted."""
+        return encode(self.tokenizer, draw_document(self.rng, progress, self.curriculum))
+
     def _fill(self, progress: float) -> None:
         """A pool of documents, sorted by length, cut into batches, in random order."""
         pool: list[tuple[list[int], list[int]]] = []
         while sum(len(row[0]) for row in pool) < POOL * self.tokens:
-            ids, labels = encode(self.tokenizer, draw_document(self.rng, progress, self.curriculum))
+            ids, labels = self.draw(progress)
             if len(ids) <= self.longest:
                 pool.append((ids, labels))
         pool.sort(key=lambda row: len(row[0]), reverse=True)

@@ -1,6 +1,7 @@
 """Train the family, export it, evaluate it, write its cards; resumes after a stop.
 
-On a CPU the two models train at the same time, one core each; on a GPU one after the other.
+On a CPU the two models train at the same time, one core each; on a GPU one after the other. The reward model comes
+last: it begins as the large one and learns from what both write.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
+from thinkserve.train import prm_make
 from thinkserve.train.card import hardware, write_card
 from thinkserve.train.data import Curriculum, draw_document, spans_of
 from thinkserve.train.evaluate import Evaluation
@@ -28,18 +30,22 @@ from thinkserve.train.vllm_sample import VllmSampler
 
 SAMPLES = 8000
 MINUTES = {"small": 50.0, "large": 95.0}  # small stops while it still errs: that is its part in the family
+TIMES = {**MINUTES, "prm": prm_make.MINUTES}
 
 
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m thinkserve.train", description=__doc__)
-    parser.add_argument("--only", choices=sorted(SHAPES), help="train one member of the family")
-    parser.add_argument("--minutes", type=float, help=f"training time per model (default: {MINUTES})")
+    parser.add_argument("--only", choices=[*sorted(SHAPES), "prm"], help="train one member of the family")
+    parser.add_argument("--minutes", type=float, help=f"training time per model (default: {TIMES})")
     parser.add_argument("--device", default=default_device())
     parser.add_argument("--runs", type=Path, default=Path("train/runs"), help="checkpoints and logs")
     parser.add_argument("--models", type=Path, default=Path("models"), help="where the exported models go")
     parser.add_argument("--start", type=Path, help="train on from the exported models in this folder (default: anew)")
     parser.add_argument("--problems", type=int, default=500, help="problems in the evaluation; 0: none, and no card")
+    parser.add_argument(
+        "--chains", type=int, default=prm_make.CHAINS, help="chains that the reward model learns from; 0: only traces"
+    )
     parser.add_argument("--evaluate", action="store_true", help="no training: evaluate the exported models")
     return parser.parse_args()
 
@@ -99,6 +105,14 @@ def known_training(folder: Path) -> dict[str, Any]:
 def main() -> None:
     """Everything that was asked for."""
     options = arguments()
+    if options.only != "prm":
+        make_models(options)
+    if options.only in (None, "prm"):
+        prm_make.make(options, options.start if options.only and options.start else options.models)
+
+
+def make_models(options: argparse.Namespace) -> None:
+    """The models that write: one of them, or both."""
     if not options.evaluate:
         family_tokenizer(options.runs, options.start)
     sizes = [options.only] if options.only else sorted(SHAPES)

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from thinkserve.train.data import Batcher, Curriculum
 from thinkserve.train.export import load
-from thinkserve.train.model import SHAPES, Model, rotations
+from thinkserve.train.model import SHAPES, Learner, Model, rotations
 from thinkserve.train.optim import optimizers
 
 
@@ -51,15 +51,24 @@ class Run:
         torch.manual_seed(recipe.seed)
         self.recipe, self.folder = recipe, folder
         self.shape = SHAPES[recipe.size]
-        self.model = (load(recipe.start, self.shape)[0] if recipe.start else Model(self.shape)).to(recipe.device)
+        self.model = self.learner().to(recipe.device)
         self.optimizers = optimizers(self.model, recipe.lr)
-        curriculum = Curriculum(begin=Curriculum().end) if recipe.start else Curriculum()
-        self.batcher = Batcher(tokenizer, recipe.batch, recipe.longest, recipe.seed, curriculum)
+        self.batcher = self.batches(tokenizer)
         self.angles = rotations(recipe.longest, self.shape.head_dim, recipe.device)
         self.step = self.tokens = 0
         self.seconds = 0.0
         if (folder / "last.pt").exists():
             self.restore(torch.load(folder / "last.pt", weights_only=False))
+
+    def learner(self) -> Learner:
+        """What is trained, as it begins."""
+        return load(self.recipe.start, self.shape)[0] if self.recipe.start else Model(self.shape)
+
+    def batches(self, tokenizer: Tokenizer) -> Batcher:
+        """What it learns from."""
+        recipe = self.recipe
+        curriculum = Curriculum(begin=Curriculum().end) if recipe.start else Curriculum()
+        return Batcher(tokenizer, recipe.batch, recipe.longest, recipe.seed, curriculum)
 
     @property
     def progress(self) -> float:
@@ -120,7 +129,7 @@ class Run:
         }
         with (self.folder / "log.jsonl").open("a") as log:
             log.write(json.dumps(line) + "\n")
-        print(self.shape.name, " ".join(f"{k}={v}" for k, v in line.items()), flush=True)
+        print(self.folder.name, " ".join(f"{k}={v}" for k, v in line.items()), flush=True)
 
     def state(self) -> dict[str, Any]:
         """Everything that `restore` needs."""

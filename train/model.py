@@ -100,7 +100,15 @@ class Layer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
 
 
-class Model(nn.Module):
+class Learner(nn.Module):
+    """What the training loop trains."""
+
+    def loss(self, ids: Tensor, labels: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Mean cross-entropy in nats over the labels that are not -100; ids and labels are [batch, time]."""
+        return F.cross_entropy(self(ids, cos, sin).float().flatten(0, 1), labels.flatten())
+
+
+class Model(Learner):
     """The trunk and the tied head; parameter names follow Hugging Face's below the prefix `model.`."""
 
     def __init__(self, shape: Shape) -> None:
@@ -118,16 +126,16 @@ class Model(nn.Module):
         """The layers, typed."""
         return [layer for layer in self.layers if isinstance(layer, Layer)]
 
-    def forward(self, ids: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Logits [batch, time, vocabulary] for ids [batch, time]."""
+    def states(self, ids: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Normed final states [batch, time, hidden] for ids [batch, time]."""
         x: Tensor = self.embed_tokens(ids)
         for layer in self.blocks():
             x = layer(x, cos, sin)
-        return F.linear(self.norm(x), self.embed_tokens.weight)
+        return self.norm(x)  # type: ignore[no-any-return]
 
-    def loss(self, ids: Tensor, labels: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Mean cross-entropy in nats over the labels that are not -100."""
-        return F.cross_entropy(self(ids, cos, sin).float().flatten(0, 1), labels.flatten())
+    def forward(self, ids: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Logits [batch, time, vocabulary] for ids [batch, time]."""
+        return F.linear(self.states(ids, cos, sin), self.embed_tokens.weight)
 
 
 def rotations(length: int, head_dim: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Muon for the matrices inside the layers, AdamW for the embedding and the norms.
+"""Muon for the matrices inside the layers, AdamW for the embedding, the norms and a reward model's head.
 
 Muon (Jordan et al., 2024) replaces the momentum of a matrix by its nearest semi-orthogonal matrix, found with five
 Newton-Schulz steps.
@@ -47,7 +47,8 @@ class Muon(torch.optim.Optimizer):
 
 def optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     """Both optimizers, sharing one learning rate scale."""
-    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
-    rest = [p for n, p in model.named_parameters() if p.dim() != 2 or "embed" in n]
+    learned = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for n, p in learned if p.dim() == 2 and "layers" in n]
+    rest = [p for n, p in learned if p.dim() != 2 or "layers" not in n]
     adam = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     return [Muon(matrices, lr=lr), adam]

@@ -1,0 +1,98 @@
+"""The family's process reward model: arith-large's trunk with two labels per token, trained at the ends of steps.
+
+It reads what the family writes, and its reward for a step is the probability of "right" at the step's last token.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import Qwen3ForTokenClassification
+
+from thinkserve.train.data import Batcher
+from thinkserve.train.export import keep
+from thinkserve.train.loop import Recipe, Run
+from thinkserve.train.model import SHAPES, Learner, Model, Shape, hf_config
+from thinkserve.train.prm_chains import Chain
+from thinkserve.train.prm_data import StepBatcher
+from thinkserve.train.tokenizer import save_tokenizer, special
+
+LABELS = ("wrong", "right")
+MORE = 2  # layers on top of the trunk
+SHAPE = replace(SHAPES["large"], name="arith-prm", layers=SHAPES["large"].layers + MORE)
+FORMAT = {"format": "thinkserve"}  # how a server must write a chain for this model: as the family does
+
+
+class RewardModel(Learner):
+    """The trunk and the head; parameter names are Hugging Face's."""
+
+    def __init__(self, trunk: Model) -> None:
+        super().__init__()
+        self.model = trunk
+        self.score = nn.Linear(trunk.shape.hidden, len(LABELS))
+        nn.init.zeros_(self.score.bias)
+
+    def forward(self, ids: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Logits [batch, time, 2] for ids [batch, time]."""
+        return self.score(self.model.states(ids, cos, sin))  # type: ignore[no-any-return]
+
+    def rewards(self, ids: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Probability [batch, time] that a step which ends here is right."""
+        return self(ids, cos, sin).float().softmax(-1)[..., LABELS.index("right")]  # type: ignore[no-any-return]
+
+
+class RewardRun(Run):
+    """The training run of a reward model, all of it; `begin` are the weights it begins with."""
+
+    def __init__(
+        self, recipe: Recipe, tokenizer: Tokenizer, folder: Path, chains: Sequence[Chain], begin: RewardModel
+    ) -> None:
+        self.chains, self.begin = chains, begin
+        super().__init__(recipe, tokenizer, folder)
+
+    def learner(self) -> RewardModel:
+        """What it begins with, nothing in it frozen."""
+        return self.begin.requires_grad_()
+
+    def batches(self, tokenizer: Tokenizer) -> Batcher:
+        """Labelled steps."""
+        return StepBatcher(tokenizer, self.chains, self.recipe.batch, self.recipe.longest, self.recipe.seed)
+
+
+def to_hf(weights: dict[str, Tensor], shape: Shape, tokenizer: Tokenizer) -> Qwen3ForTokenClassification:
+    """The model as transformers' token classifier. Raises RuntimeError when a parameter is missing or left over."""
+    config = hf_config(shape, special(tokenizer, "<|im_end|>"), special(tokenizer, "<|endoftext|>"))
+    config.id2label = dict(enumerate(LABELS))
+    config.label2id = {label: index for index, label in config.id2label.items()}
+    config.classifier_dropout = 0.0
+    model = Qwen3ForTokenClassification(config)
+    model.load_state_dict(weights)
+    return model
+
+
+def export(weights: dict[str, Tensor], shape: Shape, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write weights (bf16), configuration, tokenizer and format; the folder appears complete or not at all."""
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    to_hf(weights, shape, tokenizer).to(torch.bfloat16).save_pretrained(part)
+    save_tokenizer(tokenizer, part)
+    (part / "model.safetensors").chmod(0o644)
+    (part / "reward.json").write_text(json.dumps(FORMAT) + "\n", encoding="utf-8")
+    keep(folder, part, ("README.md", "evaluation.json"))
+    shutil.rmtree(folder, ignore_errors=True)
+    part.replace(folder)
+
+
+def load_reward(folder: Path, shape: Shape) -> tuple[RewardModel, Tokenizer]:
+    """An exported reward model, in float32, and its tokenizer."""
+    model = RewardModel(Model(shape))
+    model.load_state_dict({name: w.float() for name, w in load_file(folder / "model.safetensors").items()})
+    return model.eval(), Tokenizer.from_file(str(folder / "tokenizer.json"))

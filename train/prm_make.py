@@ -1,0 +1,105 @@
+"""Train the reward model, export it, evaluate it, write its card: after the two models that it needs."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from thinkserve.train.card import hardware
+from thinkserve.train.export import log_summary
+from thinkserve.train.loop import Recipe
+from thinkserve.train.model import SHAPES
+from thinkserve.train.prm import SHAPE, RewardRun, export, load_reward
+from thinkserve.train.prm_card import write_card
+from thinkserve.train.prm_chains import Chain, Task, evaluation_tasks, in_own_process, read_chains, training_tasks
+from thinkserve.train.prm_eval import report, score
+from thinkserve.train.prm_lesson import LessonRun
+from thinkserve.train.tasks import Level
+
+MINUTES = 40.0  # for each of the two trainings, at most
+LESSON = Recipe("large", MINUTES, tokens=1_650_000, batch=3072, longest=512, lr=6e-3, decay=0.7)
+TRAINING = Recipe("large", MINUTES, tokens=1_200_000, batch=4096, longest=512, lr=3e-3, decay=0.9)
+CHAINS = 3072
+SEED = 2000  # of the evaluation's problems; the other models' begin at 1000
+K = 8
+
+# Who writes the chains, at which temperature, how many of six; the first mistakes of the small model matter most.
+AUTHORS = (("small", 0.7, 4), ("small", 1.0, 1), ("large", 1.0, 1))
+
+
+def make(options: argparse.Namespace, family: Path) -> None:
+    """All of it, with the models in the folder `family`."""
+    if options.device == "cpu":
+        torch.set_num_threads(1)
+    target = options.models / SHAPE.name
+    training = _known(target) if options.evaluate else train(options, family, target)
+    if options.problems == 0:
+        return
+    model, tokenizer = load_reward(target, SHAPE)
+    author = family / SHAPES["small"].name
+    found = report(score(model, tokenizer, evaluation_chains(author, options)))
+    found |= {"author": author.name, "parameters": sum(p.numel() for p in model.parameters())}
+    write_card(target, SHAPE, training, found)
+    print(SHAPE.name, json.dumps(found, indent=1))
+
+
+def train(options: argparse.Namespace, family: Path, target: Path) -> dict[str, Any]:
+    """The lesson, then the training of all of it; export; the summaries of both logs."""
+    folder, trunk = options.runs / "prm", family / SHAPES["large"].name
+    tokenizer = Tokenizer.from_file(str(trunk / "tokenizer.json"))
+    chains = training_chains(family, folder, options.chains)
+    lesson = LessonRun(replace(on(LESSON, options), start=trunk), tokenizer, folder / "lesson", chains)
+    lesson.train()
+    run = RewardRun(on(TRAINING, options), tokenizer, folder, chains, lesson.taught())
+    run.train()
+    export(run.model.state_dict(), SHAPE, tokenizer, target)
+    logs = [log_summary(part / "log.jsonl") | {"hardware": hardware()} for part in (folder / "lesson", folder)]
+    own = f"{len(chains):,} chains of the family's own and " if chains else ""
+    return logs[1] | {"before": logs[0], "data": f"{own}generated traces full of slips"}
+
+
+def on(recipe: Recipe, options: argparse.Namespace) -> Recipe:
+    """The recipe as the command line changes it: a GPU takes larger batches."""
+    batch = recipe.batch * 8 if options.device == "cuda" else recipe.batch
+    return replace(recipe, minutes=options.minutes or recipe.minutes, device=options.device, batch=batch)
+
+
+def training_chains(family: Path, folder: Path, count: int) -> list[Chain]:
+    """About `count` chains of the family's models on the training split."""
+    found: list[Chain] = []
+    for seed, (size, temperature, share) in enumerate(AUTHORS, 1):
+        tasks = training_tasks(count * share // sum(s for *_, s in AUTHORS), seed)
+        found += chains_of(family / SHAPES[size].name, tasks, folder, temperature, seed)
+    return found
+
+
+def evaluation_chains(author: Path, options: argparse.Namespace) -> list[Chain]:
+    """K chains for each of some problems per level: of a hundred, 20 medium, 20 hard, 10 easy."""
+    shares: dict[Level, int] = {"easy": 10, "medium": 5, "hard": 5}
+    tasks = [
+        task
+        for level, part in shares.items()
+        for task in evaluation_tasks(level, max(1, options.problems // part), K, SEED)
+    ]
+    return chains_of(author, tasks, options.runs / "prm", 0.7, SEED)
+
+
+def chains_of(author: Path, tasks: list[Task], folder: Path, temperature: float, seed: int) -> list[Chain]:
+    """What the model writes, from the file of earlier runs where these very weights have written it already."""
+    weights = hashlib.sha256((author / "model.safetensors").read_bytes()).hexdigest()[:8]
+    file = folder / f"{author.name}-{weights}-{seed}-{temperature}-{len(tasks)}.jsonl"
+    if len(read_chains(file)) < len(tasks):
+        in_own_process(author, tasks, file, temperature, seed)
+    return read_chains(file)
+
+
+def _known(folder: Path) -> dict[str, Any]:
+    training: dict[str, Any] = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["training"]
+    return training
