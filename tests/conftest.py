@@ -21,6 +21,6 @@ def anyio_backend() -> str:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what uses the real engine (`-m "not vllm"` leaves it out) and move it to the end."""
     for item in items:
-        if "backend" in getattr(item, "fixturenames", ()):
+        if {"backend", "portal"} & set(getattr(item, "fixturenames", ())):
             item.add_marker("vllm")
     items.sort(key=lambda item: item.get_closest_marker("vllm") is not None)
