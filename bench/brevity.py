@@ -26,13 +26,12 @@ if __name__ == "__main__":
 from bench import stats
 from bench.budget import BRIEF, cut_for
 from bench.harness import ROOT, Journal
-from bench.inprocess import Asked, Measured, Row, Run, measure, served, verdict
+from bench.inprocess import TARGETS, Asked, Measured, Row, Run, measure, served, verdict
 from bench.tasks import Problem, load
 
 # The milestone's targets: thinking length against unsteered, and points of accuracy that it may cost.
 MOST_LENGTH, MOST_LOSS = 0.50, 0.01
 HEADER = ("row", "accuracy", "thinking tokens", "length ratio", "accuracy difference", "wall ratio")
-TARGETS = ("expected", "target", "measured", "verdict")
 
 
 async def rows(

@@ -39,7 +39,7 @@ if __name__ == "__main__":
 
 from bench import stats
 from bench.chart import Series, chart
-from bench.harness import ROOT, machine, table, versions
+from bench.harness import ROOT, at_once, keep, machine, table, versions
 from bench.tasks import Problem, correct, load
 from thinkserve.strategies.engine import Sampling, Task
 from thinkserve.strategies.testing import play
@@ -126,15 +126,11 @@ def cut_for(mean: float, lengths: Sequence[int]) -> int:
 async def measure(backend: VllmBackend, row: Row, problems: Sequence[Problem], options: Options) -> Measured:
     """Run a row over all problems, `concurrency` at once."""
     found: dict[int, tuple[bool, int]] = {}
-    todo = iter(enumerate(problems))
 
-    async def worker() -> None:
-        for index, problem in todo:
-            found[index] = await one(backend, row, problem, index, options)
+    async def work(index: int) -> None:
+        found[index] = await one(backend, row, problems[index], index, options)
 
-    async with anyio.create_task_group() as group:
-        for _ in range(options.concurrency):
-            group.start_soon(worker)
+    await at_once(options.concurrency, range(len(problems)), work)
     ordered = [found[index] for index in range(len(problems))]
     return Measured(row, [right for right, _ in ordered], [length for _, length in ordered])
 
@@ -248,11 +244,7 @@ def command(
     print(text)
     print(json.dumps(data))
     if not quick:
-        out.mkdir(parents=True, exist_ok=True)
-        name = out / f"{date}-budget-{Path(model).name}"
-        Path(f"{name}.md").write_text(text)
-        Path(f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
-        Path(f"{name}.svg").write_text(plot(done))
+        keep(out, f"{date}-budget-{Path(model).name}", text, data, plot(done))
 
 
 if __name__ == "__main__":

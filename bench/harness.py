@@ -10,14 +10,17 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import anyio
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("strategies", "serve", "startup")
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,3 +156,25 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
     first, *others = zip(cells, widths, strict=True)
     aligned = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
     return "| " + " | ".join(aligned) + " |"
+
+
+async def at_once(count: int, items: Iterable[Item], work: Callable[[Item], Awaitable[None]]) -> None:
+    """Do the work on all items, `count` of them at a time, begun in order."""
+    todo = iter(items)
+
+    async def worker() -> None:
+        for item in todo:
+            await work(item)
+
+    async with anyio.create_task_group() as group:
+        for _ in range(count):
+            group.start_soon(worker)
+
+
+def keep(folder: Path, name: str, text: str, data: object, plot: str | None = None) -> None:
+    """Write the results of a finished run: its tables, its numbers as JSON, and its plot if it has one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.md").write_text(text)
+    (folder / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
+    if plot is not None:
+        (folder / f"{name}.svg").write_text(plot)

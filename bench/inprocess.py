@@ -17,11 +17,10 @@ from statistics import fmean
 from time import perf_counter
 from typing import Any
 
-import anyio
 import httpx
 
 from bench import stats
-from bench.harness import ROOT, Journal, machine, table, versions
+from bench.harness import ROOT, Journal, at_once, keep, machine, table, versions
 from bench.stats import Interval
 from bench.tasks import Problem, correct
 from thinkserve.server.settings import Settings
@@ -113,16 +112,12 @@ async def measure(
     client: httpx.AsyncClient, row: Row, problems: Sequence[Problem], asked: Asked, journal: Journal
 ) -> Measured:
     """Run a row over the problems that are not in the journal, `concurrency` at once. Raises Refused, grouped."""
-    todo = iter([index for index in range(len(problems)) if _key(row, index) not in journal])
 
-    async def worker() -> None:
-        for index in todo:
-            sample = await _one(client, row, problems[index], index, asked)
-            journal.put(_key(row, index), asdict(sample))
+    async def work(index: int) -> None:
+        sample = await _one(client, row, problems[index], index, asked)
+        journal.put(_key(row, index), asdict(sample))
 
-    async with anyio.create_task_group() as group:
-        for _ in range(asked.concurrency):
-            group.start_soon(worker)
+    await at_once(asked.concurrency, [at for at in range(len(problems)) if _key(row, at) not in journal], work)
     return Measured(row, [Sample(**journal[_key(row, index)]) for index in range(len(problems))])
 
 
@@ -177,10 +172,11 @@ class Run:
         data = {**about, "options": dict(self.options), "tables": told}
         print(text, json.dumps(data), sep="\n")
         if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            for ending, content in (("md", text), ("json", json.dumps(data, indent=1) + "\n"), ("svg", plot)):
-                if content is not None:
-                    (out / f"{date}-{self.name}-{model}.{ending}").write_text(content)
+            keep(out, f"{date}-{self.name}-{model}", text, data, plot)
+
+
+# The header of a table of expectations, whose last column is a verdict.
+TARGETS = ("expected", "target", "measured", "verdict")
 
 
 def verdict(met: bool) -> str:

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bench.harness import ROOT, machine, table, versions
+from bench.harness import ROOT, keep, machine, table, versions
 from bench.stats import Interval, paired_ratio
 from thinkserve.server.settings import Settings
 from thinkserve.server.vllm_engine import VllmBackend
@@ -153,6 +153,4 @@ def main(name: str, options: argparse.Namespace, bench: Callable[[argparse.Names
     data = found | {"costs": list(map(asdict, costs))}
     print(found["machine"], shown, json.dumps(data), sep="\n")
     if not options.quick:
-        kept = ROOT / "bench" / "results" / f"{date}-{name}"
-        Path(f"{kept}.md").write_text(f"machine: {found['machine']}\n\n{shown}\n")
-        Path(f"{kept}.json").write_text(json.dumps(data, indent=1) + "\n")
+        keep(ROOT / "bench" / "results", f"{date}-{name}", f"machine: {found['machine']}\n\n{shown}\n", data)

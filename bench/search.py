@@ -26,7 +26,7 @@ if __name__ == "__main__":
 from bench import stats
 from bench.chart import Series, chart
 from bench.harness import ROOT, Journal
-from bench.inprocess import Asked, Measured, Row, Run, measure, served, verdict
+from bench.inprocess import TARGETS, Asked, Measured, Row, Run, measure, served, verdict
 from bench.tasks import Problem, load
 
 BUDGETS = (4, 8, 16, 32)
@@ -38,7 +38,6 @@ METHODS: Mapping[str, str] = {
 # The milestone's target: best-of-8's accuracy with this share of its tokens, and with fewer scorer passes.
 MOST_TOKENS = 1 / 3
 HEADER = ("method", "chains", "accuracy", "tokens", "scorer passes", "scorer tokens", "from cache", "wall s")
-TARGETS = ("expected", "target", "measured", "verdict")
 
 
 def row_of(method: str, chains: int, mean: float) -> Row:

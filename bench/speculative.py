@@ -24,13 +24,12 @@ if __name__ == "__main__":
 
 from bench import stats
 from bench.harness import ROOT, Journal
-from bench.inprocess import Asked, Measured, Row, Run, measure, served, verdict
+from bench.inprocess import TARGETS, Asked, Measured, Row, Run, measure, served, verdict
 from bench.tasks import Problem, load
 
 # The milestone's targets: share of the difference recovered, share of tokens by the guide, length against small's own.
 LEAST_RECOVERED, MOST_GUIDE, MOST_LENGTH = 0.50, 0.25, 1.0
 HEADER = ("row", "accuracy", "length", "tokens in all", "guide's share", "wall s")
-TARGETS = ("expected", "target", "measured", "verdict")
 
 
 async def bench(small: str, large: str, problems: Sequence[Problem], asked: Asked, kept: Journal) -> list[Measured]:

@@ -12,10 +12,8 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Literal
 
-import anyio
-
 from bench.client import encode, opened, send
-from bench.harness import Options, Work
+from bench.harness import Options, Work, at_once
 from bench.metrics import settled
 from bench.servers import Server
 from bench.tasks import Problem, Tokenizer, correct, vote
@@ -131,15 +129,12 @@ async def _ask_all(
     server: Server, row: Row, problems: Mapping[int, Problem], options: Options, tokenizer: Tokenizer
 ) -> dict[int, Asked]:
     """What came of each problem; `concurrency` of them are at work at once."""
-    asked, todo = dict[int, Asked](), iter(problems.items())
+    asked = dict[int, Asked]()
 
-    async def worker() -> None:
-        for index, problem in todo:
-            asked[index] = await row.ask(server, body(server, problem.question, index, options), tokenizer)
+    async def ask(index: int) -> None:
+        asked[index] = await row.ask(server, body(server, problems[index].question, index, options), tokenizer)
 
-    async with anyio.create_task_group() as group:
-        for _ in range(options.concurrency):
-            group.start_soon(worker)
+    await at_once(options.concurrency, problems, ask)
     return asked
 
 

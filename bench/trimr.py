@@ -27,7 +27,7 @@ if __name__ == "__main__":
 
 from bench import stats
 from bench.harness import ROOT, Journal
-from bench.inprocess import Asked, Measured, Row, Run, measure, served, verdict
+from bench.inprocess import TARGETS, Asked, Measured, Row, Run, measure, served, verdict
 from bench.tasks import Problem, load
 from thinkserve.strategies.text import answer_of
 
@@ -35,7 +35,6 @@ RULES = ("overthinking", "underthinking", "repetition")
 # The milestone's targets: fewer tokens, and points of accuracy that it may cost.
 MOST_TOKENS, MOST_LOSS = 0.60, 0.01
 HEADER = ("row", "in flight", "accuracy", "tokens", "all tokens", "token ratio", "wall ratio", "changed", "spoilt")
-TARGETS = ("expected", "target", "measured", "verdict")
 
 
 def row_of(name: str, rules: Sequence[str], concurrency: int, **more: Any) -> Row:

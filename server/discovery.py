@@ -166,8 +166,7 @@ def _reasoning(backend: Backend) -> ReasoningCard | None:
 
 
 def _runs(serving: Serving, preset: str) -> bool:
-    entry = registry.get(serving.settings.presets[preset].strategy)
-    return entry.roles == ("target",) or not missing_roles(entry, serving.backend)
+    return not missing_roles(registry.get(serving.settings.presets[preset].strategy), serving.backend)
 
 
 def _means(preset: Preset, entry: Strategy) -> bool:

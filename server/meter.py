@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import islice, takewhile
 
 from thinkserve.server.metrics import Metrics
 from thinkserve.strategies.around import Around, Open
@@ -39,12 +39,13 @@ class Tally:
 
     def repeated(self, job: Job) -> int:
         """How much of this chain `job` goes on from: tokens of its last job, and one more for the same seed; or 0."""
-        known = len(self.prompt)
-        if self.live or len(job.prompt) <= known or job.prompt[:known] != self.prompt:
+        known, seeded = len(self.prompt), self.seed is not None and self.seed == job.seed
+        if self.live or len(job.prompt) <= known:
             return 0
-        pairs = zip(self.written, job.prompt[known:], strict=False)
-        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        return same + (self.seed is not None and self.seed == job.seed)
+        rest = zip(self.written, islice(job.prompt, known, None), strict=False)
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], rest)) + seeded
+        # Last, because prompts are long, and few chains get here.
+        return same if same and job.prompt[:known] == self.prompt else 0
 
     def go_on(self, job: Job) -> None:
         """The chain is at work again."""
@@ -113,8 +114,9 @@ class MeteredEngine(Around):
     async def watch(self, open: Open, job: Job) -> AsyncIterator[Stream]:
         """Run a job and add its count to its chain."""
         chains = self.chains if job.role == "target" else self._helping
-        earlier = max(chains, key=lambda chain: chain.repeated(job), default=None)
-        earlier = earlier if earlier is not None and earlier.repeated(job) else None
+        repeated = [chain.repeated(job) for chain in chains]
+        most = max(repeated, default=0)
+        earlier = chains[repeated.index(most)] if most else None
         tally = earlier or Tally(job.role, job.seed, job.prompt)
         if earlier is None:
             chains.append(tally)

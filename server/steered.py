@@ -13,7 +13,7 @@ from thinkserve.server.errors import ApiError, clean
 from thinkserve.server.protocol import SteerChoice
 from thinkserve.server.validation import nearest
 from thinkserve.server.vectors import SteeringVector, VectorRegistry, Vectors
-from thinkserve.strategies.around import Around
+from thinkserve.strategies.around import Around, AroundChain
 from thinkserve.strategies.controls import Steer
 from thinkserve.strategies.engine import Chain, Control, Engine, Job, ModelInfo, Stream, Tokens
 
@@ -39,19 +39,10 @@ class ControlledEngine(Around):
         return replace(job, controls=job.controls + self._controls) if job.role == "target" else job
 
 
-class _Controlled:
+class _Controlled(AroundChain):
     def __init__(self, inner: Chain, controls: tuple[Control, ...]) -> None:
-        self._inner, self._controls = inner, controls
-
-    @property
-    def tokens(self) -> Tokens:
-        return self._inner.tokens
-
-    def inject(self, tokens: Tokens) -> None:
-        self._inner.inject(tokens)
-
-    def drop(self, count: int) -> None:
-        self._inner.drop(count)
+        super().__init__(inner)
+        self._controls = controls
 
     def segment(
         self, max_tokens: int, until: Tokens = (), controls: tuple[Control, ...] | None = None

@@ -20,7 +20,7 @@ from thinkserve.server.settings import Settings
 from thinkserve.server.steered import check_steer, foreign, invalid, to_steers
 from thinkserve.strategies.controls import Steer
 from thinkserve.strategies.engine import ModelInfo, Sampling, Task
-from thinkserve.strategies.errors import BadOptions, TooLong, Unsupported
+from thinkserve.strategies.errors import BadOptions, TooLong
 from thinkserve.strategies.modifiers import Modifier
 from thinkserve.strategies.registry import Strategy, StreamMode
 
@@ -111,18 +111,12 @@ def question(chat: ChatRequest) -> str:
 
 def missing_roles(strategy: Strategy | Modifier, backend: Backend) -> list[str]:
     """Roles that the strategy or modifier needs and this deployment does not have."""
-    missing, engine = list[str](), backend.engine("probe")
-    for role in strategy.roles:
-        try:
-            engine.info(role)
-        except Unsupported:
-            missing.append(role)
-    return missing
+    return [role for role in strategy.roles if role not in backend.roles]
 
 
 def check_roles(strategy: Strategy, backend: Backend) -> None:
     """ApiError 400 strategy_unavailable when a role that the strategy needs is not configured."""
-    if strategy.roles != ("target",) and (missing := missing_roles(strategy, backend)):
+    if missing := missing_roles(strategy, backend):
         message = f"Strategy {strategy.id!r} needs a model that is not configured: {', '.join(missing)}."
         raise ApiError(400, "strategy_unavailable", message, param="strategy")
 

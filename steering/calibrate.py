@@ -27,7 +27,6 @@ from thinkserve.steering.model import Model, Vectors, Written
 from thinkserve.steering.questions import Question
 
 EPSILON = 1e-3
-SCALES = (0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,19 +71,30 @@ class Around:
         return await self._inner.score(question, paths, role)
 
 
-class _Chain:
-    def __init__(self, inner: Chain, job: Job, around: Around) -> None:
-        self._inner, self._job, self._around = inner, job, around
+class AroundChain:
+    """Base of the wrapped chains: hands everything on; subclasses say what a segment is."""
+
+    def __init__(self, inner: Chain) -> None:
+        self._inner = inner
 
     @property
     def tokens(self) -> Tokens:
+        """Everything after the prompt, generated and injected."""
         return self._inner.tokens
 
     def inject(self, tokens: Tokens) -> None:
+        """Append tokens of ours."""
         self._inner.inject(tokens)
 
     def drop(self, count: int) -> None:
+        """Forget the last tokens."""
         self._inner.drop(count)
+
+
+class _Chain(AroundChain):
+    def __init__(self, inner: Chain, job: Job, around: Around) -> None:
+        super().__init__(inner)
+        self._job, self._around = job, around
 
     def segment(
         self, max_tokens: int, until: Tokens = (), controls: tuple[Control, ...] | None = None

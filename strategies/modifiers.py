@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from thinkserve.strategies.engine import Emit, Engine, Role, Task
-from thinkserve.strategies.registry import Options, discover, slug
+from thinkserve.strategies.registry import Entry, Options, discover, slug, summary
 from thinkserve.strategies.splice import Modified
 
 
@@ -29,21 +29,12 @@ class Make(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Modifier:
+class Modifier(Entry):
     """A registered modifier; `roles` are the models that it needs beside the target."""
 
-    id: str
-    title: str
-    summary: str
-    options: type[Options]
     make: Make
     reference: str | None = None
     roles: tuple[Role, ...] = ()
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """What holds for parameters that are left out, as JSON."""
-        return self.options.model_construct().model_dump(mode="json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +63,7 @@ def modifier(
     def register(make: M) -> M:
         if id in _modifiers:
             raise ValueError(f"modifier name {id!r} is already taken")
-        summary = (make.__doc__ or "").strip().split("\n")[0]
-        _modifiers[id] = Modifier(id, title or id, summary, options, make, reference, roles)
+        _modifiers[id] = Modifier(id, title or id, summary(make), options, make, reference, roles)
         return make
 
     return register

@@ -61,16 +61,24 @@ class Run(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Strategy:
-    """A registered strategy: its slug, its wire name for people, its options model and its coroutine.
-
-    `needs` are abilities of the engine beyond the models of its roles.
-    """
+class Entry:
+    """What is registered: its slug, its name for people, what it does in one line, its options model."""
 
     id: str
     title: str
     summary: str
     options: type[Options]
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """What holds for parameters that are left out, as JSON; required ones are not in it."""
+        return self.options.model_construct().model_dump(mode="json")
+
+
+@dataclass(frozen=True, slots=True)
+class Strategy(Entry):
+    """A registered strategy and its coroutine. `needs` are abilities of the engine beyond the models of its roles."""
+
     run: Run
     reference: str | None = None
     version: str = "1"
@@ -78,11 +86,6 @@ class Strategy:
     roles: tuple[Role, ...] = ("target",)
     supports: Supports = Supports()
     needs: tuple[Need, ...] = ()
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """What holds for parameters that are left out, as JSON; required ones are not in it."""
-        return self.options.model_construct().model_dump(mode="json")
 
 
 _strategies: dict[str, Strategy] = {}
@@ -104,8 +107,7 @@ def strategy(
     slug(id)
 
     def register(run: R) -> R:
-        summary = (run.__doc__ or "").strip().split("\n")[0]
-        entry = Strategy(id, title or id, summary, options, run, reference, "1", aliases, roles, supports, needs)
+        entry = Strategy(id, title or id, summary(run), options, run, reference, "1", aliases, roles, supports, needs)
         for name in (id, *aliases):
             known = _strategies.get(name)
             if known is not None:
@@ -120,6 +122,11 @@ def slug(id: str) -> None:
     """ValueError if an id is not what a header and a URL can carry."""
     if not re.fullmatch(r"[a-z][a-z0-9-]{0,31}", id):
         raise ValueError(f"id {id!r} is not a slug")
+
+
+def summary(registered: object) -> str:
+    """The first line of the docstring of what is registered."""
+    return (registered.__doc__ or "").strip().split("\n")[0]
 
 
 @cache

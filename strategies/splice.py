@@ -15,7 +15,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from dataclasses import dataclass
 from typing import Protocol
 
-from thinkserve.strategies.around import Around
+from thinkserve.strategies.around import Around, AroundChain
 from thinkserve.strategies.engine import Chain, Control, Delta, Emit, Engine, Event, Job, Stream, Task, Tokens
 from thinkserve.strategies.errors import Unsupported
 from thinkserve.strategies.pieces import injected
@@ -100,27 +100,26 @@ class Modified(Around):
                 yield _Chain(chain, watcher, job, self.emit)
 
 
-class _Chain:
+class _Chain(AroundChain):
     def __init__(self, inner: Chain, watcher: Watcher, job: Job, emit: Emit) -> None:
-        self.inner, self.watcher, self.job, self.emit = inner, watcher, job, emit
-
-    @property
-    def tokens(self) -> Tokens:
-        return self.inner.tokens
+        super().__init__(inner)
+        self.watcher, self.job, self.emit = watcher, job, emit
 
     def inject(self, tokens: Tokens) -> None:
-        self.inner.inject(tokens)
+        super().inject(tokens)
         self.watcher.inject(tokens)
 
-    def drop(self, count: int) -> None:
-        self.inner.drop(count)
+    def splice(self, dropped: int, tokens: Tokens) -> None:
+        """Put tokens of ours in the place of the last ones, unseen by the watcher."""
+        self.drop(dropped)
+        super().inject(tokens)
 
     @asynccontextmanager
     async def segment(
         self, max_tokens: int, until: Tokens = (), controls: tuple[Control, ...] | None = None
     ) -> AsyncIterator[Stream]:
         def begin(most: int) -> AbstractAsyncContextManager[Stream]:
-            return self.inner.segment(most, until, controls)
+            return self._inner.segment(most, until, controls)
 
         async with AsyncExitStack() as stack:
             stream = await stack.enter_async_context(begin(max_tokens))
@@ -156,8 +155,7 @@ class _Spliced:
             return delta
         self._room -= splice.keep + len(splice.tokens)
         await self._stack.aclose()
-        chain.inner.drop(len(delta.tokens) - splice.keep)
-        chain.inner.inject(splice.tokens)
+        chain.splice(len(delta.tokens) - splice.keep, splice.tokens)
         self._streams.append(await self._stack.enter_async_context(self._begin(self._room)))
         return _joined(delta, splice.keep, injected(splice.tokens, chain.job.logprobs))
 

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.one_thread import one_thread
 from thinkserve.steering.model import Model
+
+__all__ = ["one_thread"]
 
 EMBEDDED = Path(__file__).resolve().parents[2] / "models" / "arith-small"
 HIDDEN = 16
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -1,16 +1,7 @@
-"""Tiny models on one thread: more threads than idle cores make them many times slower."""
+"""Tiny models on one thread."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from tests.one_thread import one_thread
 
-import pytest
-import torch
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+__all__ = ["one_thread"]
