@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from pydantic import ValidationError
 
@@ -31,7 +31,7 @@ HEADER = "X-Reasoning-Strategy"
 class Choice:
     """A strategy with checked options; `where` is the field that chose it, `param` where its parameters stand.
 
-    `over` are the modifiers below it, the first one next to it; only the body can name any.
+    `over` are the modifiers below it, the first one next to it; the body or a preset can name some.
     """
 
     strategy: Strategy
@@ -89,26 +89,45 @@ def resolve(
     name: str, params: Mapping[str, Any], settings: Settings, *, where: str, param: str = "strategy.params"
 ) -> Choice:
     """A strategy (or, if there is none of that name, a preset) with its parameters checked. Raises ApiError 400."""
-    preset = None
     try:
         strategy = registry.get(name if len(name) <= 64 else "")
     except UnknownStrategy as error:
         if name not in settings.presets:
             raise _unknown(name, [*error.known, *settings.presets], where) from None
-        preset = settings.presets[name]
         if params:
             message = f"The parameters of preset {name!r} are fixed."
             raise ApiError(400, "unsupported_parameter", message, param=param) from None
-        strategy, params = registry.get(preset.strategy), preset.params
-    options = checked(strategy, params, param)
-    return Choice(strategy, options, where, param, name if preset else None)
+        return preset_choice(name, settings, where, param)
+    return Choice(strategy, checked(strategy, params, param), where, param)
 
 
-def layers(chat: ChatRequest) -> tuple[Layer, ...]:
-    """The modifiers that the body asks for. Raises ApiError 400 that points below `strategy.over`."""
+def preset_choice(name: str, settings: Settings, where: str, param: str = "strategy.params") -> Choice:
+    """The choice that a preset stands for. Raises ApiError and UnknownStrategy for one that cannot work."""
+    preset = settings.presets[name]
+    strategy = registry.get(preset.strategy)
+    over = layers(preset.over, f"presets.{name}.over")
+    return Choice(strategy, checked(strategy, preset.params, param), where, param, name, over)
+
+
+class Named(Protocol):
+    """A modifier as the body or a preset names it."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        ...
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """Its parameters, unchecked."""
+        ...
+
+
+def layers(wanted: Iterable[Named], above: str) -> tuple[Layer, ...]:
+    """The modifiers that are asked for. Raises ApiError 400 that points below `above`."""
     known, found = modifiers(), list[Layer]()
-    for index, asked in enumerate(chat.choice.over if chat.choice else ()):
-        where = f"strategy.over.{index}"
+    for index, asked in enumerate(wanted):
+        where = f"{above}.{index}"
         modifier = known.get(asked.name)
         if modifier is None:
             hint = f"{nearest(asked.name, known)} Available: {', '.join(known)}."
@@ -136,10 +155,10 @@ def checked(strategy: Strategy | Modifier, params: Mapping[str, Any], param: str
 def check_settings(settings: Settings, served: str) -> None:
     """ValueError when a preset, the effort map or the default strategy of the configuration cannot work."""
     try:
-        for name, preset in settings.presets.items():
+        for name in settings.presets:
             if not re.fullmatch(r"[a-z][a-z0-9-]{0,31}", name) or name == served:
                 raise ValueError(f"preset name {name!r} is not a slug, or is the name of a served model")
-            checked(registry.get(preset.strategy), preset.params, f"presets.{name}.params")
+            _works_over(name, preset_choice(name, settings, f"presets.{name}", f"presets.{name}.params"))
         for effort, mapped in settings.effort_map.items():
             if mapped not in settings.presets:
                 raise ValueError(f"effort_map: {effort} names the unknown preset {mapped!r}")
@@ -153,7 +172,7 @@ def check_settings(settings: Settings, served: str) -> None:
 def _explicit(chat: ChatRequest, headers: Sequence[str], preset: str | None, settings: Settings) -> Iterable[Choice]:
     if chat.choice is not None:
         where = "strategy" if isinstance(chat.strategy, str) else "strategy.name"
-        yield replace(resolve(chat.choice.name, chat.choice.params, settings, where=where), over=layers(chat))
+        yield _with_layers(resolve(chat.choice.name, chat.choice.params, settings, where=where), chat.choice.over)
     if chat.reasoning is not None and chat.reasoning.mode is not None:
         yield resolve(chat.reasoning.mode, {}, settings, where="reasoning.mode")
     if headers:
@@ -163,20 +182,37 @@ def _explicit(chat: ChatRequest, headers: Sequence[str], preset: str | None, set
             raise ApiError(400, "invalid_type", f"{HEADER}: {error}.", param=HEADER) from None
         yield resolve(name, params, settings, where=HEADER, param=HEADER)
     if preset is not None:
-        fixed = settings.presets[preset]
-        strategy = registry.get(fixed.strategy)
-        yield Choice(strategy, checked(strategy, fixed.params), "model", preset=preset)
+        yield preset_choice(preset, settings, "model")
+
+
+def _with_layers(choice: Choice, wanted: Sequence[Named]) -> Choice:
+    if wanted and choice.over:
+        message = f"The modifiers of preset {choice.preset!r} are fixed."
+        raise ApiError(400, "unsupported_parameter", message, param="strategy.over")
+    return replace(choice, over=layers(wanted, "strategy.over")) if wanted else choice
+
+
+def _works_over(name: str, choice: Choice) -> None:
+    if choice.over and not choice.strategy.supports.over:
+        raise ValueError(f"presets.{name}.over: strategy {choice.strategy.id!r} takes no modifiers")
 
 
 def _same(one: Choice, other: Choice) -> bool:
-    return one.strategy.id == other.strategy.id and one.options == other.options
+    # Header and mode have no words for modifiers, so they do not contradict any.
+    over = one.over == other.over or not (other.over or other.preset)
+    return one.strategy.id == other.strategy.id and one.options == other.options and over
 
 
 def _conflict(one: Choice, other: Choice) -> ApiError:
-    message = f"{one.where} asks for {one.written()}, {other.where} for {other.written()}; send one of them."
+    message = f"{one.where} asks for {_told(one)}, {other.where} for {_told(other)}; send one of them."
     return ApiError(400, "conflicting_strategy", message, param=other.where)
 
 
 def _unknown(name: str, names: Sequence[str], where: str) -> ApiError:
     message = f"Unknown strategy {clean(name)!r}.{nearest(name, names)} Available: {', '.join(dict.fromkeys(names))}."
     return ApiError(400, "unknown_strategy", message, param=where)
+
+
+def _told(choice: Choice) -> str:
+    over = ", ".join(layer.modifier.id for layer in choice.over)
+    return f"{choice.written()} over {over}" if over else choice.written()

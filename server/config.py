@@ -20,7 +20,7 @@ from pydantic_settings import EnvSettingsSource
 from pydantic_settings.exceptions import SettingsError
 
 from thinkserve.server.model_dir import StartError
-from thinkserve.server.settings import Preset, Settings
+from thinkserve.server.settings import Preset, PresetLayer, Settings
 from thinkserve.server.validation import nearest
 
 PREFIX = "THINKSERVE_"
@@ -117,7 +117,8 @@ def _complaint(error: ValidationError, origin: Mapping[str, str]) -> str:
     shown = ".".join(path) if len(path) > 1 else path[0]
     where = "" if place == path[0] else f" ({place})"
     if detail["type"] == "extra_forbidden":
-        return f"Unknown setting {shown}{where}.{nearest(path[-1], Preset.model_fields)}"
+        fields = (PresetLayer if "over" in path[:-1] else Preset).model_fields
+        return f"Unknown setting {shown}{where}.{nearest(path[-1], fields)}"
     return f"Setting {shown}{where}: {_reason(detail)}"
 
 

@@ -10,6 +10,7 @@ from hashlib import sha256
 from typing import Any
 
 from thinkserve.server.budget import ladder
+from thinkserve.server.choice import preset_choice
 from thinkserve.server.errors import ApiError, clean
 from thinkserve.server.modifier_types import ModifierCard
 from thinkserve.server.plan import Backend
@@ -166,7 +167,9 @@ def _reasoning(backend: Backend) -> ReasoningCard | None:
 
 
 def _runs(serving: Serving, preset: str) -> bool:
-    return not missing_roles(registry.get(serving.settings.presets[preset].strategy), serving.backend)
+    choice = preset_choice(preset, serving.settings, "model")
+    needed = [choice.strategy, *(layer.modifier for layer in choice.over)]
+    return not any(missing_roles(each, serving.backend) for each in needed)
 
 
 def _means(preset: Preset, entry: Strategy) -> bool:

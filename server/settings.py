@@ -16,13 +16,23 @@ Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Helper = Literal["guide", "reward", "verifier"]
 
 
+class PresetLayer(BaseModel):
+    """A modifier below a preset's strategy."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    params: dict[str, Any] = Field(default_factory=dict[str, Any])
+
+
 class Preset(BaseModel):
-    """A named strategy with frozen parameters, offered to clients as the model `served-name:preset`."""
+    """A named strategy with frozen parameters and modifiers, offered to clients as the model `served-name:preset`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     strategy: str
     params: dict[str, Any] = Field(default_factory=dict[str, Any])
+    over: tuple[PresetLayer, ...] = ()
     description: str = ""
 
 

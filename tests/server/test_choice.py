@@ -13,7 +13,7 @@ from thinkserve.server import header_item
 from thinkserve.server.choice import Choice, check_settings, choose, resolve
 from thinkserve.server.errors import ApiError
 from thinkserve.server.protocol import parse_chat
-from thinkserve.server.settings import Preset, Settings
+from thinkserve.server.settings import Preset, PresetLayer, Settings
 
 SERVED = "arith-small"
 RACE = {"k": 8, "m": 3}
@@ -195,6 +195,9 @@ def test_items_survive_writing_and_reading(parameters: dict[str, header_item.Bar
         {"presets": {"race": Preset(strategy="majority", params={"q": 1})}},
         {"presets": {SERVED: Preset(strategy="majority")}},
         {"presets": {"Not A Slug": Preset(strategy="majority")}},
+        {"presets": {"race": Preset(strategy="majority", over=(PresetLayer(name="nope"),))}},
+        {"presets": {"race": Preset(strategy="majority", over=(PresetLayer(name="trimr", params={"q": 1}),))}},
+        {"presets": {"race": Preset(strategy="beam", over=(PresetLayer(name="repetition-guard"),))}},
         {"effort_map": {"high": "nope"}},
     ],
 )
@@ -207,3 +210,20 @@ def test_a_configuration_that_cannot_work_is_found_at_start_up(settings: dict[st
 def test_the_default_configuration_works() -> None:
     """Presets of the README name strategies that exist."""
     check_settings(Settings(), SERVED)
+
+
+def test_a_preset_has_modifiers_of_its_own_which_nobody_can_change() -> None:
+    """They come with the preset, by any way that names it; a body that names others, or asks for none, contradicts."""
+    guarded = Preset(strategy="majority", params={"k": 4}, over=(PresetLayer(name="repetition-guard"),))
+    known: dict[str, Any] = {"presets": {"guarded": guarded}}
+    layer = [{"name": "repetition-guard"}]
+    for body in ({"model": f"{SERVED}:guarded"}, {"strategy": "guarded"}, {"reasoning": {"mode": "guarded"}}):
+        assert ["repetition-guard"] == [each.modifier.id for each in chosen(body, **known).over]
+    plain = {"name": "majority", "params": {"k": 4}}
+    same = chosen({"model": f"{SERVED}:guarded", "strategy": {**plain, "over": layer}}, **known)
+    assert ["repetition-guard"] == [each.modifier.id for each in same.over]
+    fixed = refusal({"strategy": {"name": "guarded", "over": layer}}, **known)
+    assert ("unsupported_parameter", "strategy.over") == (fixed.code, fixed.param)
+    contradicted = refusal({"model": f"{SERVED}:guarded", "strategy": plain}, **known)
+    assert "conflicting_strategy" == contradicted.code
+    assert "over repetition-guard" in contradicted.message
