@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -18,6 +19,7 @@ from typing import Annotated
 
 import anyio
 import typer
+from anyio.abc import TaskStatus
 
 from bench import check, serve, startup, strategies, tables, tasks
 from bench.harness import PARTS, ROOT, Journal, Options, Work, machine, run_folder
@@ -167,8 +169,28 @@ def bench(
     if fresh:
         (folder / "journal.jsonl").unlink(missing_ok=True)
     run = Bench(options, only or PARTS, folder, row or ())
-    anyio.run(run.run, backend_options={"use_uvloop": find_spec("uvloop") is not None})
+    if not anyio.run(to_the_end, run.run, backend_options={"use_uvloop": find_spec("uvloop") is not None}):
+        raise typer.Exit(128 + signal.SIGTERM)
     _publish(run, out or _results(folder if quick or only or row else ROOT / "bench" / "results"))
+
+
+async def to_the_end(work: Callable[[], Awaitable[None]]) -> bool:
+    """Whether the work was finished; SIGTERM cancels it, so that no server is left behind."""
+    done = False
+
+    async with anyio.create_task_group() as group:
+
+        async def listen(*, task_status: TaskStatus[None]) -> None:
+            with anyio.open_signal_receiver(signal.SIGTERM) as signals:
+                task_status.started()
+                async for _ in signals:
+                    group.cancel_scope.cancel()
+
+        await group.start(listen)
+        await work()
+        done = True
+        group.cancel_scope.cancel()
+    return done
 
 
 def _known(option: str, given: Sequence[str] | None, names: Sequence[str]) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
+import anyio
+import anyio.lowlevel
+
 from bench.harness import Options
-from bench.main import Bench
+from bench.main import Bench, to_the_end
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "arith-small"
 OPTIONS = Options(model=str(MODEL), problems=3, drift_problems=2, chat_levels=(1,), chat_rounds=3, startups=1)
@@ -40,3 +45,22 @@ def test_one_row_brings_its_reference_along(tmp_path: Path) -> None:
     }
 
     assert {"majority@8", "short-3@8"} == keys
+
+
+def test_a_terminated_run_ends_what_it_started() -> None:
+    """The work is cancelled as if by hand, so its blocks are left in order; the run counts as unfinished."""
+    left = []
+
+    async def work() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            await anyio.sleep(10)
+        finally:
+            left.append("block")
+
+    async def nothing() -> None:
+        await anyio.lowlevel.checkpoint()
+
+    assert not anyio.run(to_the_end, work)
+    assert ["block"] == left
+    assert anyio.run(to_the_end, nothing)
