@@ -168,7 +168,7 @@ def _reasoning(backend: Backend) -> ReasoningCard | None:
 
 def _runs(serving: Serving, preset: str) -> bool:
     choice = preset_choice(preset, serving.settings, "model")
-    needed = [choice.strategy, *(layer.modifier for layer in choice.over)]
+    needed: list[Strategy | Modifier] = [choice.strategy, *(layer.modifier for layer in choice.over)]
     return not any(missing_roles(each, serving.backend) for each in needed)
 
 

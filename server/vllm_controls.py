@@ -69,15 +69,17 @@ def steering(job: Job, info: ModelInfo, vectors: Vectors | None, past: Steered =
         raise Unsupported("This server does not steer activations.", "steer")
     if len(asked) > COLUMNS:
         raise BadOptions(f"At most {COLUMNS} steering vectors act on one sequence.", "steer")
-    start = len(job.prompt) - 1
+    first = len(job.prompt) - job.written
+    start = first - 1
     entries, payloads = list(_until(past, start)), dict(past.vectors)
     for column, control in enumerate(asked):
         name, payload = _vector(control, vectors)
-        close = -1 if control.positions == "generated" else _close(job.prompt, info)
+        close = -1 if control.positions == "generated" else _close(job.prompt[:first], info)
         if close is None:
             continue
         payloads[name] = payload
-        entries.append(Entry(name, _finite(control.scale), start, None, close, column))
+        stop = job.prompt.index(close, first) if close in job.prompt[first:] else None
+        entries.append(Entry(name, _finite(control.scale), start, stop, close, column))
     # The worker knows one end of thinking per request, that of the job; what is past has ended where it ended.
     settled = (entry if entry.stop is None else replace(entry, close=-1) for entry in _joined(entries))
     return Steered(tuple(settled), payloads)

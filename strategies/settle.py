@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
+from thinkserve.strategies.chain import continued
 from thinkserve.strategies.chains import Lane, Race
 from thinkserve.strategies.engine import Answer, Event, Finish, Piece, StoppedBy, Tokens
 from thinkserve.strategies.pieces import injected
@@ -91,7 +92,7 @@ async def _force(race: Race, lane: Lane, room: int) -> Answer:
     for piece in [*kept, Piece("thinking", close.tokens, close.logprobs, close.top)]:
         await race.emit(piece)
     finish: Finish = "stop"
-    job = replace(lane.job, prompt=lane.job.prompt + tokens, max_tokens=room, thinking_budget=None)
+    job = continued(lane.job, tokens, max_tokens=room, thinking_budget=None)
     async with race.engine.generate(job) as stream:
         async for delta in stream:
             tokens += delta.tokens

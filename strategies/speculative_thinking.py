@@ -25,6 +25,7 @@ from typing import Literal
 from anyio import create_task_group
 from pydantic import Field
 
+from thinkserve.strategies.chain import continued
 from thinkserve.strategies.engine import Answer, Delta, Emit, Engine, Event, Finish, Job, Role, Task, Tokens, chain_seed
 from thinkserve.strategies.errors import EngineFailed, TooLong, Unsupported, leading
 from thinkserve.strategies.pieces import Transcript, injected, write
@@ -272,9 +273,9 @@ class _Chain:
         """The next tokens of the chain; every job draws random numbers of its own, the first those of `single`."""
         job, number = self._task.job(), self._jobs
         self._jobs += 1
-        return replace(
+        return continued(
             job,
-            prompt=job.prompt + tuple(self.transcript.tokens),
+            tuple(self.transcript.tokens),
             max_tokens=min(most, self._room),
             seed=chain_seed(job.seed, number) if number and job.seed is not None else job.seed,
             thinking_budget=self._thinking_left(),

@@ -17,6 +17,7 @@ from dataclasses import replace
 
 from pydantic import Field
 
+from thinkserve.strategies.chain import continued
 from thinkserve.strategies.confidence import close_margin
 from thinkserve.strategies.engine import Answer, Delta, Emit, Engine, Event, Finish, Job, Task
 from thinkserve.strategies.errors import Unsupported
@@ -53,8 +54,8 @@ async def run(task: Task, engine: Engine, emit: Emit, options: ThinkBrakeOptions
         reason = f"thinking stopped after {len(written)} tokens: margin {chain.margin:.3f}"
         await emit(Event("budget.forced", 0, {"tokens": len(written), "margin": chain.margin}))
         await chain.take(injected(close, job.logprobs))
-        prompt, room = job.prompt + written + close, task.max_tokens - len(written) - len(close)
-        finish = await chain.follow(replace(job, prompt=prompt, max_tokens=room, thinking_budget=None, stats=False))
+        room = task.max_tokens - len(written) - len(close)
+        finish = await chain.follow(continued(job, written + close, max_tokens=room, thinking_budget=None, stats=False))
     tokens = tuple(chain.transcript.tokens)
     await emit(Event("chain.finished", 0, {"tokens": len(tokens), "finish": finish}))
     return Answer(tokens, finish, stopped_by=STOPPED_BY.get(finish, "all_done"), reason=reason)

@@ -96,6 +96,7 @@ class Writer:
     def _job(self, draft: Draft, number: int, before: Tokens, room: int, step: int | None) -> Job:
         return Job(
             prompt=self._task.prompt + before + tuple(draft.tokens),
+            written=len(before) + len(draft.tokens),
             max_tokens=room,
             sampling=self._task.sampling,
             # The same seed would draw the same random numbers again; indices from 0 on are those of its children.

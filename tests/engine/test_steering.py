@@ -22,8 +22,10 @@ from thinkserve.server.settings import Settings
 from thinkserve.server.vectors import SteeringVector
 from thinkserve.server.vllm_controls import Steered, steering
 from thinkserve.server.vllm_engine import VllmBackend, VllmEngine, create
+from thinkserve.strategies.chain import continued
 from thinkserve.strategies.controls import Positions, Steer
-from thinkserve.strategies.engine import Job, ModelInfo, Sampling, Tokens
+from thinkserve.strategies.engine import Delta, Job, ModelInfo, Sampling, Tokens
+from thinkserve.strategies.streams import whole
 
 # float32 on both sides; logits are of the order of 10.
 CLOSE_ENOUGH = 2e-4
@@ -252,6 +254,28 @@ def test_a_chain_keeps_the_steering_that_its_tokens_were_written_under(
     spans = [(vectors["a"], 1.0, 39, 80), (vectors["b"], -1.0, 81, len(ids))]
     expected = [float(row[token]) for row, token in zip(forward(model, ids, spans)[81:], ids[82:], strict=False)]
     assert pytest.approx(expected, abs=CLOSE_ENOUGH) == logprobs
+    assert cached == 64
+
+
+def test_a_job_that_goes_on_is_under_the_steering_of_what_was_written(
+    portal: BlockingPortal, backend: VllmBackend, vectors: Vectors, model: Any
+) -> None:
+    """As the steps of a tree are: jobs of their own, which find what was written as it was, and cached so."""
+    engine = VllmEngine(backend, backend.renderer, "steps", "steps", vectors)
+    prompt = tuple(range(10, 50))
+    step = Job(prompt, 40, greedy(backend.info), logprobs=0, controls=(Steer("a", 1.0),))
+
+    async def write(job: Job) -> tuple[Delta, int]:
+        async with engine.generate(job) as stream:
+            return await whole(stream), stream.cached
+
+    written = portal.call(write, step)[0].tokens
+    more, cached = portal.call(write, continued(step, written))
+
+    ids = prompt + written + more.tokens
+    rows = forward(model, ids, [(vectors["a"], 1.0, 39, len(ids))])[len(prompt + written) - 1 :]
+    expected = [float(row[token]) for row, token in zip(rows, more.tokens, strict=False)]
+    assert pytest.approx(expected, abs=CLOSE_ENOUGH) == more.logprobs
     assert cached == 64
 
 

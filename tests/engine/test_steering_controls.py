@@ -17,8 +17,9 @@ from thinkserve.server.vectors import SteeringVector
 from thinkserve.server.vllm_controls import NOTHING, Entry, Steered, steering
 from thinkserve.server.vllm_launch import WORKERS, extend
 from thinkserve.server.vllm_vectors import LoadedVectors
+from thinkserve.strategies.chain import continued
 from thinkserve.strategies.controls import Steer
-from thinkserve.strategies.engine import Control, Job, ModelInfo
+from thinkserve.strategies.engine import Control, Job, ModelInfo, Tokens
 from thinkserve.strategies.errors import BadOptions, Unsupported
 
 OPEN, CLOSE = 3, 4
@@ -140,6 +141,19 @@ def test_thinking_that_was_left_unfinished_goes_on_as_one_entry(vectors: Mapping
 
     assert (Entry(a, 1.0, 2, None, CLOSE, 0),) == on.entries
     assert (Entry(a, 1.0, 2, 4, -1, 0), Entry(a, 1.0, 6, None, CLOSE, 0)) == again.entries
+
+
+def test_a_job_that_goes_on_is_steered_where_its_sequence_was(vectors: Mapping[str, SteeringVector]) -> None:
+    """From the last token before what was generated; thinking that ended within it has a fixed end."""
+    always, thinking, a = Steer("a"), Steer("a", positions="thinking"), vectors["a"].id
+
+    def entries(control: Steer, written: Tokens) -> tuple[Entry, ...]:
+        return steering(continued(job(control), written), INFO, vectors).entries
+
+    assert (Entry(a, 1.0, 2, None, -1, 0),) == entries(always, (7, 8))
+    assert (Entry(a, 1.0, 2, None, CLOSE, 0),) == entries(thinking, (7, 8))
+    assert (Entry(a, 1.0, 2, 5, -1, 0),) == entries(thinking, (7, 8, CLOSE, 9))
+    assert (Entry(a, 1.0, 2, 3, -1, 0),) == entries(thinking, (CLOSE,))
 
 
 def ended(steered: Steered, stop: int) -> Steered:

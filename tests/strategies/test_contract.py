@@ -6,7 +6,7 @@ Strategies run on ScriptedEngine; whoever has parameters `k`, `m` or `n` is trie
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from math import nan
 from typing import Any
@@ -222,6 +222,32 @@ def test_the_answer_is_what_the_model_wrote(
             if 0 <= start <= known and stream.job.prompt == task.prompt + answer.tokens[:start]:
                 known = max(known, start + common(tuple(stream.tokens), answer.tokens[start:]))
     assert len(answer.tokens) == known
+
+
+class Jobs(Around):
+    """An engine around an engine that notes the target's jobs, segments of chains left out."""
+
+    def __init__(self, inner: ScriptedEngine) -> None:
+        super().__init__(inner)
+        self.seen: list[Job] = []
+
+    def generate(self, job: Job) -> AbstractAsyncContextManager[Stream]:
+        """Noted and handed on."""
+        self.seen += [job] if job.role == "target" else []
+        return super().generate(job)
+
+
+@EVERY
+@given(task=tasks(), recipe=engines(), draw=st.data())
+def test_jobs_that_go_on_say_what_was_written(
+    name: str, task: Task, recipe: Callable[[], ScriptedEngine], draw: st.DataObject
+) -> None:
+    """What acts on generated tokens has to act on these, too, when another job reads them."""
+    entry, engine = registry.get(name), Jobs(recipe())
+
+    run(entry, task, engine, options_of(entry, draw))
+
+    assert {task.prompt} >= {job.prompt[: len(job.prompt) - job.written] for job in engine.seen}
 
 
 def common(first: Tokens, second: Tokens) -> int:
