@@ -3,17 +3,18 @@
     PYTHONSAFEPATH=1 .venv/bin/python bench/brevity.py            # 500 problems on arith-large, all of its vectors
     PYTHONSAFEPATH=1 .venv/bin/python bench/brevity.py --quick    # does it work here?
 
-Run as a file. Every vector of the model acts at its calibrated scale (scale 1 of what is stored). `cut` rows end the
-thinking by force where the mean length equals that of the row above. Wall time is a request's, with as many in flight.
+Run as a file. Every vector of the model acts at the scale that `thinkserve vectors calibrate` chose (1 without one).
+`cut` rows end the thinking by force where the mean length equals that of the row above. Wall time is a request's, with
+as many in flight.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import anyio
 import httpx
@@ -47,15 +48,18 @@ async def rows(
     lengths = [int(value) for value in free.values("thinking")]
     done = [free]
     vectors = (await client.get("/v1/steering/vectors")).json()["data"]
-    steered = [
-        Row(f"vector {each['name']}", {"strategy": {"name": "steering", "params": {"vector": each["name"]}}})
-        for each in vectors
-    ]
-    for row in [Row(f"asked: {BRIEF}", words=BRIEF), *steered]:
+    for row in [Row(f"asked: {BRIEF}", words=BRIEF), *map(steered, vectors)]:
         done.append(await run(row))
         cut = cut_for(done[-1].mean("thinking"), lengths)
         done.append(await run(Row(f"cut at {cut}", {"thinking_token_budget": cut})))
     return done
+
+
+def steered(vector: Mapping[str, Any]) -> Row:
+    """The row of a vector, as the server lists it."""
+    scale = vector["about"].get("calibration", {}).get("scale", 1.0)
+    params = {"vector": vector["id"], "scale": scale}
+    return Row(f"vector {vector['id']} at {scale:g}", {"strategy": {"name": "steering", "params": params}})
 
 
 def cells(each: Measured, free: Measured) -> list[str]:

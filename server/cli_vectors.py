@@ -16,11 +16,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from thinkserve.server.config import load
 from thinkserve.server.model_dir import ModelDir, StartError, find_model
 from thinkserve.server.settings import Settings
 from thinkserve.server.validation import nearest
 from thinkserve.server.vectors import SteeringVector, VectorRegistry, check_name, shape_of, vectors_folder
+from thinkserve.server.vllm_launch import is_cpu_build, prepare_environment
 from thinkserve.steering.vector_file import BadVector
+from thinkserve.strategies.errors import ReasoningError
+
+GPU_SHARE = 0.5  # of a GPU's memory, for the engine
 
 app = typer.Typer(help="Steering vectors: extract them, calibrate their strength, list, show and remove them.")
 
@@ -60,16 +65,16 @@ def extract(
 
     A vector is stored only if adding it shortens and subtracting it lengthens; exit status 1 if none does.
     """
-    from thinkserve.server import vectors_work as work
-
     with _told():
         check_name(f"{name}-prompt")
         found, registry = _open(model, vectors_dir)
+        settings = _engine(found, vectors_dir)
+        from thinkserve.server import vectors_work as work
+
         wish = work.Extraction(recipe.value, n, samples, sign_scale, sign_questions, seed, max_tokens)
         source = work.Source(pairs, tasks)
-        made = work.extract(
-            found.path, source, _layers(layers, registry, default=True), wish, Console(stderr=True).print
-        )
+        chosen, tell = _layers(layers, registry, default=True), Console(stderr=True).print
+        made = work.extract(settings, found.path, source, chosen, wish, tell)
         stored = [
             registry.put(name if position == "last" else f"{name}-{position}", raw)
             for position, raw, ok in made
@@ -94,16 +99,16 @@ def calibrate(
 
     What is stored has the calibrated layers only; the scale stands in its metadata (`vectors show`).
     """
-    from thinkserve.server import vectors_work as work
-
     with _told():
         check_name(save or name)
         found, registry = _open(model, vectors_dir)
+        settings = _engine(found, vectors_dir)
+        from thinkserve.server import vectors_work as work
+
         vector, tried = _find(name, registry), _numbers(scales, float, "scales")
         wish = work.Calibration(tuple(tried), n, tolerance, each, seed, max_tokens)
         chosen = _layers(layers, registry) or list(vector.layers)
-        console = Console()
-        result = work.calibrate(found.path, vector, chosen, work.Source(pairs, tasks), wish, console.print)
+        result = work.calibrate(settings, found.path, vector, chosen, work.Source(pairs, tasks), wish, Console().print)
         if svg is not None:
             svg.write_text(result.svg, encoding="utf-8")
         stored = registry.put(save or name, result.raw)
@@ -143,7 +148,7 @@ def _told() -> Iterator[None]:
     """Mistakes become the one line that the command line prints."""
     try:
         yield
-    except (BadVector, ValueError) as error:
+    except (BadVector, ValueError, ReasoningError) as error:
         raise StartError(str(error)) from None
     except OSError as error:
         raise StartError(f"{error.filename or 'the disk'}: {error.strerror or error}") from None
@@ -152,6 +157,17 @@ def _told() -> Iterator[None]:
 def _open(model: str | None, folder: Path | None) -> tuple[ModelDir, VectorRegistry]:
     found = find_model(model)
     return found, VectorRegistry(vectors_folder(Settings.model_construct(vectors_dir=folder), found), shape_of(found))
+
+
+def _engine(model: ModelDir, folder: Path | None) -> Settings:
+    """The engine that will serve the model, as THINKSERVE_* has it, with room for the same model in transformers.
+
+    What torch reads from the environment when it is imported is set. Raises StartError.
+    """
+    settings = load({"model": str(model.path), "vectors_dir": folder, "steering": True}, None).settings
+    prepare_environment(settings, is_cpu_build(), model.small)
+    share = min(settings.gpu_memory_utilization, GPU_SHARE)
+    return settings.model_copy(update={"gpu_memory_utilization": share})
 
 
 def _find(name: str, registry: VectorRegistry) -> SteeringVector:
@@ -168,7 +184,10 @@ def _layers(text: str | None, registry: VectorRegistry, *, default: bool = False
     if text is None:
         # Three quarters up, where the paper's layers are (21 of 28).
         return [min(count - 1, round(0.75 * count) - 1)] if default else []
-    return _numbers(text, int, "layers")
+    found = sorted(set(_numbers(text, int, "layers")))
+    if missing := [layer for layer in found if not 0 <= layer < count]:
+        raise BadVector(f"there is no layer {missing[0]}; the model's layers are 0 to {count - 1}")
+    return found
 
 
 def _numbers(text: str, kind: Any, what: str) -> list[Any]:

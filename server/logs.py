@@ -29,5 +29,9 @@ def set_up(as_json: bool) -> None:
     handler.setFormatter(JsonLines() if as_json else text)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger(OWN).setLevel(logging.INFO)
-    # Until it sets up its own, which VLLM_LOGGING_LEVEL rules.
+    hush_vllm()
+
+
+def hush_vllm() -> None:
+    """Errors of vLLM only, until it sets up its own logger, which VLLM_LOGGING_LEVEL rules."""
     logging.getLogger("vllm").setLevel(logging.ERROR)

@@ -22,9 +22,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from thinkserve.steering.extract import BATCH, TEMPERATURE
-from thinkserve.steering.model import Model, Vectors, Written
+from thinkserve.steering.extract import TEMPERATURE
+from thinkserve.steering.model import Model
 from thinkserve.steering.questions import Question
+from thinkserve.steering.writer import Vectors, Writer, Written
 
 EPSILON = 1e-3
 
@@ -108,6 +109,7 @@ def cut_anywhere(
 
 def measure(
     model: Model,
+    writer: Writer,
     questions: Sequence[Question],
     vectors: Vectors,
     scale: float,
@@ -117,11 +119,8 @@ def measure(
     brief: bool = False,
 ) -> tuple[Point, list[Written]]:
     """One point of the sweep, sampled as the extraction samples; `brief` asks for brevity instead of or beside it."""
-    written: list[Written] = []
     prompts = [model.prompt(question.brief if brief else question.text) for question in questions]
-    for start in range(0, len(prompts), BATCH):
-        batch = prompts[start : start + BATCH]
-        written += model.generate(batch, vectors, scale, temperature=TEMPERATURE, seed=seed + start, most=most)
+    written = writer.write(prompts, vectors, scale, temperature=TEMPERATURE, seed=seed, most=most)
     n = len(questions)
     right = sum(q.check(model.decode(w.tokens)) for q, w in zip(questions, written, strict=True))
     tokens, thinking = (

@@ -19,14 +19,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from thinkserve.steering.model import Model, Vectors, Written
+from thinkserve.steering.model import Model
 from thinkserve.steering.questions import Question
 from thinkserve.steering.vector_file import CONVENTION, BadVector, VectorFile, view
+from thinkserve.steering.writer import Vectors, Writer, Written
 
 Recipe = Literal["asc", "efficiency"]
 Position = Literal["last", "mean", "prompt"]
 TEMPERATURE = 0.7
-BATCH = 128
 MIN_RATIO = 1.5  # of the longest to the shortest correct answer: below it, a pair says little about length
 MIN_PAIRS = 4
 
@@ -54,10 +54,10 @@ def given_pairs(model: Model, questions: Sequence[Question]) -> list[Pair]:
     return pairs
 
 
-def own_pairs(model: Model, questions: Sequence[Question], seed: int, most: int) -> list[Pair]:
+def own_pairs(model: Model, writer: Writer, questions: Sequence[Question], seed: int, most: int) -> list[Pair]:
     """ASC from the model's own thoughts, asked with and without a request for brevity; both must lead to the answer."""
-    plain = _write(model, [model.prompt(q.text) for q in questions], seed, most)
-    brief = _write(model, [model.prompt(q.brief) for q in questions], seed + 1, most)
+    plain = _sampled(writer, [model.prompt(q.text) for q in questions], seed, most)
+    brief = _sampled(writer, [model.prompt(q.brief) for q in questions], seed + 1, most)
     both = zip(questions, brief, plain, strict=True)
     return [
         Pair(model.prompt(question.text), short.thinking, long.thinking, tuple(model.prompt(question.brief)))
@@ -68,10 +68,12 @@ def own_pairs(model: Model, questions: Sequence[Question], seed: int, most: int)
     ]
 
 
-def efficiency_pairs(model: Model, questions: Sequence[Question], samples: int, seed: int, most: int) -> list[Pair]:
+def efficiency_pairs(
+    model: Model, writer: Writer, questions: Sequence[Question], samples: int, seed: int, most: int
+) -> list[Pair]:
     """Shortest against longest correct of `samples` answers, within one question and at least MIN_RATIO apart."""
     prompts = [model.prompt(question.text) for question in questions]
-    written = _write(model, [prompt for prompt in prompts for _ in range(samples)], seed, most)
+    written = _sampled(writer, [prompt for prompt in prompts for _ in range(samples)], seed, most)
     pairs: list[Pair] = []
     for index, (question, prompt) in enumerate(zip(questions, prompts, strict=True)):
         group = written[index * samples : (index + 1) * samples]
@@ -109,14 +111,13 @@ def differences(model: Model, pairs: Sequence[Pair], layers: Sequence[int]) -> d
 
 
 def sign_check(
-    model: Model, vectors: Vectors, scale: float, questions: Sequence[Question], most: int
+    writer: Writer, prompts: Sequence[list[int]], vectors: Vectors, scale: float, most: int
 ) -> dict[str, Any]:
     """Mean greedy length with +scale, without, and with -scale; `ok` when a larger scale is shorter throughout.
 
     Published code adds and published code subtracts; only the model can tell which way a vector points.
     """
-    prompts = [model.prompt(question.text) for question in questions]
-    runs = {sign: model.generate(prompts, vectors, sign * scale, most=most) for sign in (1, 0, -1)}
+    runs = {sign: writer.write(prompts, vectors, sign * scale, most=most) for sign in (1, 0, -1)}
     shorter, plain, longer = (sum(len(w.tokens) for w in runs[sign]) / len(prompts) for sign in (1, 0, -1))
     lengths = {"plus": round(shorter, 1), "zero": round(plain, 1), "minus": round(longer, 1)}
     return {"scale": scale, "questions": len(prompts), "tokens": lengths, "ok": shorter < plain < longer}
@@ -124,9 +125,13 @@ def sign_check(
 
 def to_file(difference: Difference, about: Mapping[str, Any]) -> VectorFile:
     """The vector as it is stored."""
-    layers = {n: view(v.detach().cpu().contiguous().numpy().tobytes()) for n, v in difference.vectors.items()}
     agreement = {str(layer): round(value, 4) for layer, value in difference.agreement.items()}
-    return VectorFile(layers, {"convention": CONVENTION, "agreement": agreement, **about})
+    return VectorFile(to_layers(difference.vectors), {"convention": CONVENTION, "agreement": agreement, **about})
+
+
+def to_layers(vectors: Vectors) -> dict[int, memoryview[float]]:
+    """Tensors as a file holds them: [hidden] float32 per layer."""
+    return {n: view(v.detach().float().cpu().contiguous().numpy().tobytes()) for n, v in vectors.items()}
 
 
 def to_tensors(layers: Mapping[int, memoryview[float]]) -> dict[int, Tensor]:
@@ -142,12 +147,8 @@ def _difference(rows: Tensor, layers: Sequence[int]) -> Difference:
     return Difference({n: mean[i] for i, n in indexed}, {n: float(cosines[i]) for i, n in indexed})
 
 
-def _write(model: Model, prompts: Sequence[list[int]], seed: int, most: int) -> list[Written]:
-    written: list[Written] = []
-    for start in range(0, len(prompts), BATCH):
-        batch = prompts[start : start + BATCH]
-        written += model.generate(batch, temperature=TEMPERATURE, seed=seed + start, most=most)
-    return written
+def _sampled(writer: Writer, prompts: Sequence[list[int]], seed: int, most: int) -> list[Written]:
+    return writer.write(prompts, temperature=TEMPERATURE, seed=seed, most=most)
 
 
 def _right(model: Model, question: Question, written: Written) -> bool:

@@ -125,3 +125,11 @@ def test_the_shortest_vector_that_costs_no_accuracy_is_judged() -> None:
     assert brevity.verdicts([free, harmless, harmful])[0][0].startswith("vector a")
     assert "missed" == brevity.verdicts([free, harmful])[1][3]
     assert [] == brevity.verdicts([free])
+
+
+def test_a_vector_acts_at_the_strength_that_calibration_chose() -> None:
+    """As its card says; raw when it was never calibrated."""
+    calibrated, raw = ({"id": "a", "about": about} for about in ({"calibration": {"scale": 0.75}}, {}))
+
+    assert {"vector": "a", "scale": 0.75} == brevity.steered(calibrated).body["strategy"]["params"]
+    assert {"vector": "a", "scale": 1.0} == brevity.steered(raw).body["strategy"]["params"]

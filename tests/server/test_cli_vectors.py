@@ -8,16 +8,22 @@ import shutil
 import subprocess
 import sys
 from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 from xml.etree import ElementTree as ET
 
 import pytest
 import torch
 
+from tests.steering.scripted_writer import ScriptedWriter
 from thinkserve.server import cli
 from thinkserve.server.model_dir import check_model
+from thinkserve.server.settings import Settings
 from thinkserve.server.vectors import VectorRegistry, shape_of
 from thinkserve.steering.vector_file import VectorFile, serialize, view
+from thinkserve.steering.writer import Written
 
 EMBEDDED = Path(__file__).resolve().parents[2] / "models" / "arith-small"
 PAIRS = [
@@ -51,12 +57,23 @@ def pairs(tmp_path: Path) -> Path:
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
-    """The exit status of `thinkserve vectors ...`, in this process."""
+    """The exit status of `thinkserve vectors ...`, in this process, whose environment stays as it is."""
     monkeypatch.setattr(sys, "argv", ["thinkserve", "vectors", *map(str, arguments)])
-    monkeypatch.setenv("COLUMNS", "200")
-    with pytest.raises(SystemExit) as caught:
+    with patch.dict(os.environ, {"COLUMNS": "200"}), pytest.raises(SystemExit) as caught:
         cli.main()
     return int(caught.value.code or 0)
+
+
+@contextmanager
+def scripted(settings: Settings) -> Iterator[ScriptedWriter]:
+    """An engine on which every vector shortens, and none lengthens when it is subtracted."""
+    assert settings.steering
+
+    def write(prompt: list[int], scale: float) -> Written:
+        thought = prompt[-1:] if scale > 0 else prompt[-3:]
+        return Written([*thought, 2], thought, True)
+
+    yield ScriptedWriter(write)
 
 
 def stored(model: Path) -> VectorRegistry:
@@ -66,7 +83,8 @@ def stored(model: Path) -> VectorRegistry:
 def test_a_vector_is_made_calibrated_shown_and_removed(
     model: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Random weights point nowhere, so it must be kept by force; the story of the vector grows with each step."""
+    """One whose sign is in doubt must be kept by force; the story of the vector grows with each step."""
+    monkeypatch.setattr("thinkserve.server.vectors_writer.started", scripted)
     common: list[str | Path] = ["--model", model, "--pairs", pairs, "--max-tokens", "16"]
     refused = run(monkeypatch, "extract", "brief", "--layers", "all", "-n", "6", "--sign-questions", "2", *common)
     nothing = dict(stored(model).snapshot())
@@ -97,6 +115,8 @@ def test_a_vector_is_made_calibrated_shown_and_removed(
     assert 1 == len(best.layers)
     assert {0.0, 0.5, 1.0} == {point["scale"] for point in told["calibration"]["points"]}
     assert 0 < told["calibration"]["gamma_star"] < 10
+    assert (0.5, 0.5) == (told["calibration"]["scale"], told["calibration"]["tokens_ratio"])
+    assert {"plus": 2, "zero": 4, "minus": 4} == told["sign_check"]["tokens"]
     assert ET.parse(plot).getroot().tag.endswith("svg")  # noqa: S314 - written by us
     assert all(name in table for name in ("best", "brief", "brief-mean"))
     assert {"best", "brief-mean"} == set(stored(model).snapshot())
@@ -110,6 +130,7 @@ def test_a_vector_is_made_calibrated_shown_and_removed(
         (["extract", "x", "--tasks", "huge"], "easy, medium, hard"),
         (["extract", "x", "--pairs", "/nowhere"], "cannot read /nowhere"),
         (["extract", "x", "--tasks", "easy", "--layers", "a"], "--layers takes numbers"),
+        (["extract", "x", "--tasks", "easy", "--layers", "1,9"], "no layer 9; the model's layers are 0 to 5"),
         (["extract", "x", "--recipe", "magic"], "Invalid value for '--recipe'"),
         (["extract", "x", "--tasks", "easy", "--model", "/nowhere"], "Model directory not found: /nowhere"),
         (["calibrate", "x", "--tasks", "easy"], "No steering vector 'x'."),
@@ -127,11 +148,11 @@ def test_a_mistake_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Status 2, before the model is loaded."""
+    """Status 2, before the engine is started."""
     shape = shape_of(check_model(EMBEDDED))
     numbers = view(array("f", [1.0] * shape.hidden).tobytes())
     VectorRegistry(tmp_path, shape).put("brief", serialize(VectorFile({1: numbers})))
-    monkeypatch.setattr("thinkserve.steering.model.Model.__init__", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("thinkserve.server.vectors_writer.started", lambda _: pytest.fail("the engine was started"))
 
     status = run(monkeypatch, *arguments, "--vectors-dir", tmp_path)
 

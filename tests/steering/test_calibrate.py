@@ -10,9 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.steering.scripted_writer import Call, ScriptedWriter
 from thinkserve.steering.calibrate import Point, bound, choose, cut_anywhere, derivatives, gamma_star, measure
+from thinkserve.steering.extract import TEMPERATURE
 from thinkserve.steering.model import Model
-from thinkserve.steering.questions import Question
+from thinkserve.steering.questions import BRIEF, Question
+from thinkserve.steering.writer import Written
 
 QUESTIONS = [Question("Compute 2+2.", "4"), Question("Compute 9-1.", "8")]
 
@@ -69,7 +72,7 @@ def test_derivatives_are_those_of_the_logits(model: Model) -> None:
 def test_one_step_stays_below_the_bound(model: Model) -> None:
     """The mean divergence at gamma* over the states that it was measured on is at most epsilon."""
     vectors = {1: torch.linspace(-1, 1, 16)}
-    written = model.generate([model.prompt(q.text) for q in QUESTIONS], most=12)
+    written = [Written(model.encode("So 4 and then 8."), [], False)] * 2
     states = cut_anywhere(model, QUESTIONS, written, 12, seed=0)
     found = bound(model, vectors, states, epsilon=1e-3)
 
@@ -109,10 +112,17 @@ def test_the_choice_is_the_largest_strength_before_the_first_loss(
 
 
 def test_a_point_counts_tokens_and_right_answers(model: Model) -> None:
-    """Of every question once, with the vector at work."""
-    plain, written = measure(model, QUESTIONS, {}, 0.0, seed=0, most=8)
-    moved, _ = measure(model, QUESTIONS, {1: torch.ones(16) * 9}, 5.0, seed=0, most=8)
+    """Of every question once, with the vector at work; or of the question that asks for brevity."""
+    right = model.encode(r"So it is \boxed{4}.")
+    writer = ScriptedWriter(lambda prompt, _: Written(right, right[:3], prompt == model.prompt(QUESTIONS[0].text)))
+    vectors = {1: torch.ones(16)}
 
-    assert sum(len(each.tokens) for each in written) / 2 == plain.tokens
-    assert (0.0, 0.0, 5.0) == (plain.scale, plain.accuracy, moved.scale)
-    assert max(plain.tokens, moved.tokens) <= 8
+    found, written = measure(model, writer, QUESTIONS, vectors, 0.5, seed=3, most=8)
+    asked, _ = measure(model, writer, QUESTIONS, {}, 0.0, seed=3, most=8, brief=True)
+
+    assert Point(0.5, len(right), 3, 0.5, 0.5) == found
+    assert [right] * 2 == [each.tokens for each in written]
+    assert Point(0.0, len(right), 3, 0.5, 0.0) == asked
+    prompts = [model.prompt(q.text) for q in QUESTIONS]
+    assert Call(prompts, vectors, 0.5, TEMPERATURE, 3, 8) == writer.calls[0]
+    assert [model.prompt(f"{q.text} {BRIEF}") for q in QUESTIONS] == writer.calls[1].prompts

@@ -6,13 +6,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import pytest
 import torch
 
+from tests.steering.scripted_writer import ScriptedWriter
 from thinkserve.steering.extract import (
+    TEMPERATURE,
     Pair,
     differences,
     efficiency_pairs,
@@ -22,16 +23,14 @@ from thinkserve.steering.extract import (
     to_file,
     to_tensors,
 )
-from thinkserve.steering.model import Model, Written
+from thinkserve.steering.model import Model
 from thinkserve.steering.questions import BRIEF, Question, from_file, from_tasks, sample
 from thinkserve.steering.vector_file import BadVector, parse, serialize
+from thinkserve.steering.writer import Written
 
 
-class Writer:
-    """A model that writes what it is told: thinking of a given length, then an answer; text is one token per letter."""
-
-    def __init__(self, scripts: dict[str, list[tuple[int, str]]]) -> None:
-        self.scripts = {prompt: list(each) for prompt, each in scripts.items()}
+class Spelling:
+    """Of a model its text alone: one token per letter."""
 
     def prompt(self, question: str) -> list[int]:
         return [ord(letter) for letter in question]
@@ -39,40 +38,49 @@ class Writer:
     def decode(self, tokens: Sequence[int]) -> str:
         return "".join(map(chr, tokens))
 
-    def generate(self, prompts: Sequence[list[int]], *_: Any, **__: Any) -> list[Written]:
-        return [self._write(self.decode(prompt)) for prompt in prompts]
 
-    def _write(self, prompt: str) -> Written:
-        length, answer = self.scripts[prompt].pop(0)
+SPELLING = cast("Model", Spelling())
+
+
+def scripted(scripts: dict[str, list[tuple[int, str]]]) -> ScriptedWriter:
+    """Per question thoughts of given lengths and their answers, one after the other; `open` is none."""
+
+    def write(prompt: list[int], _: float) -> Written:
+        length, answer = left[SPELLING.decode(prompt)].pop(0)
         thinking = [ord("t")] * length
         return Written(thinking + [ord(letter) for letter in rf"\boxed{{{answer}}}"], thinking, answer != "open")
+
+    left = {question: list(each) for question, each in scripts.items()}
+    return ScriptedWriter(write)
 
 
 def test_efficiency_pairs_are_shortest_and_longest_right_answers_to_one_question() -> None:
     """Wrong and unfinished ones are left out, and questions whose answers are of like length or right but once."""
-    writer = Writer({
+    writer = scripted({
         "a": [(30, "1"), (10, "1"), (5, "2"), (90, "open"), (20, "1")],
         "b": [(10, "1"), (14, "1"), (9, "0"), (9, "0"), (9, "0")],
         "c": [(10, "1"), (99, "0"), (99, "0"), (99, "0"), (99, "0")],
     })  # fmt: skip
     questions = [Question(text, "1") for text in "abc"]
 
-    pairs = efficiency_pairs(cast("Model", writer), questions, 5, 0, 100)
+    pairs = efficiency_pairs(SPELLING, writer, questions, 5, 0, 100)
 
-    assert [("a", 10, 30)] == [(writer.decode(p.prompt), len(p.concise), len(p.verbose)) for p in pairs]
+    assert [("a", 10, 30)] == [(SPELLING.decode(p.prompt), len(p.concise), len(p.verbose)) for p in pairs]
 
 
 def test_own_pairs_differ_in_what_was_asked_and_in_nothing_else() -> None:
     """Both thoughts follow the plain question; both are right, and the brief one is shorter."""
-    writer = Writer({
+    writer = scripted({
         "a": [(30, "1")], f"a {BRIEF}": [(10, "1")],
         "b": [(30, "1")], f"b {BRIEF}": [(10, "2")],
         "c": [(30, "1")], f"c {BRIEF}": [(30, "1")],
     })  # fmt: skip
 
-    pairs = own_pairs(cast("Model", writer), [Question(text, "1") for text in "abc"], 0, 100)
+    pairs = own_pairs(SPELLING, writer, [Question(text, "1") for text in "abc"], 7, 100)
 
-    assert [Pair(writer.prompt("a"), [ord("t")] * 10, [ord("t")] * 30, tuple(writer.prompt(f"a {BRIEF}")))] == pairs
+    asked = tuple(SPELLING.prompt(f"a {BRIEF}"))
+    assert [Pair(SPELLING.prompt("a"), [ord("t")] * 10, [ord("t")] * 30, asked)] == pairs
+    assert [(7, TEMPERATURE, 100), (8, TEMPERATURE, 100)] == [(c.seed, c.temperature, c.most) for c in writer.calls]
 
 
 def test_the_vector_points_from_verbose_to_concise(model: Model) -> None:
@@ -117,16 +125,14 @@ def test_a_vector_is_stored_raw_with_its_story(model: Model) -> None:
 def test_the_direction_is_checked_by_writing(lengths: tuple[int, int, int], ok: bool) -> None:
     """Adding must shorten and subtracting lengthen."""
     by_sign = dict(zip((0.5, 0.0, -0.5), lengths, strict=True))
+    writer = ScriptedWriter(lambda _, scale: Written([1] * by_sign[scale], [], True))
+    vectors = {1: torch.ones(2)}
 
-    def generate(prompts: Sequence[list[int]], _: Any, scale: float, **__: Any) -> list[Written]:
-        return [Written([1] * by_sign[scale], [], True) for _ in prompts]
-
-    writer = SimpleNamespace(prompt=lambda text: [1], generate=generate)
-
-    found = sign_check(cast("Model", writer), {}, 0.5, [Question("q"), Question("r")], 99)
+    found = sign_check(writer, [[5], [6]], vectors, 0.5, 99)
 
     assert ok is found["ok"]
     assert {"plus": lengths[0], "zero": lengths[1], "minus": lengths[2]} == found["tokens"]
+    assert [([[5], [6]], vectors, 0.0, 99)] * 3 == [(c.prompts, c.vectors, c.temperature, c.most) for c in writer.calls]
 
 
 def test_given_pairs_need_both_thoughts(model: Model) -> None:
