@@ -24,8 +24,8 @@ family's three kinds of problem, written as the family writes them, and nothing 
 - Architecture: `Qwen3ForTokenClassification`, {layers} layers, hidden size {hidden}, {parameters:,} parameters, labels
   0 "wrong" and 1 "right", context 4096
 - Reads: the chat prompt with its thinking opened, `{prompt}`, then
-  the steps as they were written, each with its blank line, the last with the end of thinking and the answer; each step
-  is tokenized on its own, and nothing is inserted
+  the steps as they were written, each with its blank line, the last with the answer, tags left out; each step is
+  tokenized on its own, and nothing is inserted
 - Reward of a step: softmax of the two logits at the step's last token, class 1
 - A step is right if every equation in it, what it takes from earlier results, the state it writes out and the answer it
   concludes with are right; what builds on a wrong value is wrong until it is corrected (`train/step_labels.py`)

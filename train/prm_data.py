@@ -1,7 +1,7 @@
 """What the reward model learns from: the family's own chains and written traces full of slips, labelled step by step.
 
 A document is the chat up to the opened think block and the steps as they were written, nothing inserted; a label stands
-at the last token of each step (its blank line, or the end of the turn) and at the last token of the answer.
+at the last token of each step: its blank line, and the last word of the answer.
 """
 
 from __future__ import annotations
@@ -43,18 +43,21 @@ def written(rng: random.Random) -> Chain:
     return Chain(problem, f"{problem.question} {words}".strip(), text)
 
 
+def served(step: str) -> str:
+    """A step's text as a server hands it to reward models: without the tags around thinking and turn."""
+    return step.replace("</think>", "").removesuffix(END)
+
+
 def encode_steps(tokenizer: Tokenizer, chain: Chain, longest: int) -> tuple[list[int], list[int]]:
     """Token ids and labels (1 right, 0 wrong, IGNORE where no step ends) of the steps that fit into `longest`."""
     ids: list[int] = tokenizer.encode(prompt_of(chain.question), add_special_tokens=False).ids
     labels = [IGNORE] * len(ids)
     for step in label_steps(chain.problem, chain.text):
-        piece = tokenizer.encode(step.text, add_special_tokens=False).ids
+        piece = tokenizer.encode(served(step.text), add_special_tokens=False).ids
         if len(ids) + len(piece) > longest:
             break
         ids += piece
-        labels += [IGNORE] * (len(piece) - 1) + [int(step.right)]
-        if step.text.endswith(END) and len(piece) > 1:
-            labels[-2] = labels[-1]  # an answer may reach the model without its end of turn
+        labels += [IGNORE] * (len(piece) - 1) + [int(step.right)] if piece else []
     return ids, labels
 
 

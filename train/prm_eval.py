@@ -18,7 +18,6 @@ from thinkserve.train.model import rotations
 from thinkserve.train.prm import RewardModel
 from thinkserve.train.prm_chains import Chain
 from thinkserve.train.prm_data import encode_steps
-from thinkserve.train.step_labels import END
 from thinkserve.train.tasks import KINDS, Level
 
 TOKENS = 8192  # read at once
@@ -72,15 +71,13 @@ def score(model: RewardModel, tokenizer: Tokenizer, chains: Sequence[Chain], lon
         with torch.inference_mode():
             rewards = model.rewards(ids, angles[0][:width], angles[1][:width])
         for at, i in enumerate(taken):
-            found[i] = _scored(chains[i], rows[i][1], rewards[at].tolist(), tokenizer)
+            found[i] = _scored(chains[i], rows[i][1], rewards[at].tolist())
     return [found[i] for i in range(len(rows))]
 
 
-def _scored(chain: Chain, labels: list[int], rewards: list[float], tokenizer: Tokenizer) -> Scored:
-    """Rewards at the ends of steps; of the two labels of an answer the last counts."""
+def _scored(chain: Chain, labels: list[int], rewards: list[float]) -> Scored:
+    """Rewards at the ends of steps."""
     ends = [at for at, label in enumerate(labels) if label != IGNORE]
-    if len(ends) > 1 and chain.text.endswith(END) and ends[-1] - ends[-2] == 1:
-        del ends[-2]
     return Scored(chain, tuple(rewards[at] for at in ends), tuple(bool(labels[at]) for at in ends))
 
 

@@ -27,7 +27,7 @@ MINUTES = 40.0  # for each of the two trainings, at most
 LESSON = Recipe("large", MINUTES, tokens=1_650_000, batch=3072, longest=512, lr=6e-3, decay=0.7)
 TRAINING = Recipe("large", MINUTES, tokens=1_200_000, batch=4096, longest=512, lr=3e-3, decay=0.9)
 CHAINS = 3072
-SEED = 2000  # of the evaluation's problems; the other models' begin at 1000
+SEED = 3000  # of the evaluation's problems; the other models' begin at 1000, and 2000 was looked at while designing
 K = 8
 
 # Who writes the chains, at which temperature, how many of six; the first mistakes of the small model matter most.
