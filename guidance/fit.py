@@ -95,9 +95,10 @@ class Fit:
 
         torch.manual_seed(recipe.seed)
         self.recipe, self.close, self._newlines = recipe, close, frozenset(newlines)
-        usable = [trace for trace in traces if close in (trace.completion or ())]
+        usable = [t for t in traces if close in (t.completion or ()) and 0 < len(t.prompt) <= recipe.longest]
         if len(usable) < 2:
-            raise BadTraces(f"{len(usable)} of {len(traces)} traces end their thinking; training needs more")
+            found = f"{len(usable)} of {len(traces)} traces have a prompt of 1 to {recipe.longest} tokens"
+            raise BadTraces(f"{found} and end their thinking; training needs more")
         rng = random.Random(recipe.seed)
         rng.shuffle(usable)
         kept = max(1, round(recipe.held_out * len(usable)))

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +74,18 @@ def _vocabulary(model: Path) -> int:
 def _traces(model: Path, out: Path, source: Source, recipe: Recipe, words: Words, mark: str, say: Say) -> list[Trace]:
     """The source's traces, completed; while the model writes them, those it has written are kept in `out`."""
     kept, about = out / WRITTEN, out / f"{WRITTEN}.json"
-    asked = {"file": str(source.file), "tasks": source.tasks, "temperature": source.temperature, "most": source.most,
-             "seed": recipe.seed, "model": mark}  # fmt: skip
-    if kept.exists() and about.exists() and json.loads(about.read_text(encoding="utf-8")) == asked:
+    asked = {"file": _content(source.file), "tasks": source.tasks, "temperature": source.temperature,
+             "most": source.most, "seed": recipe.seed, "model": mark}  # fmt: skip
+    if not about.exists() or json.loads(about.read_text(encoding="utf-8")) != asked:
+        if (out / UNFINISHED).exists():
+            raise BadTraces(f"an unfinished training on other traces is there: {out / UNFINISHED}")
+        # What was written for another model or under other settings goes before anybody may take it for this one's.
+        kept.unlink(missing_ok=True)
+        about.write_text(json.dumps(asked), encoding="utf-8")
+    if kept.exists():
         traces = read(kept, words)
     else:
         traces = read(source.file, words) if source.file else tasks(source.tasks, words, recipe.seed)
-        about.write_text(json.dumps(asked), encoding="utf-8")
     if all(trace.completion is not None for trace in traces):
         return traces
     from thinkserve.train.vllm_sample import VllmSampler
@@ -94,6 +100,10 @@ def _traces(model: Path, out: Path, source: Source, recipe: Recipe, words: Words
             write(kept, traces)
             say(f"the model has written {min(at + CHUNK, len(traces))} of {len(traces)} traces")
     return traces
+
+
+def _content(file: Path | None) -> str | None:
+    return None if file is None else sha256(file.read_bytes()).hexdigest()
 
 
 def _fit(fit: Fit, unfinished: Path, say: Say) -> None:

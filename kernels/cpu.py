@@ -108,7 +108,8 @@ def _digest(name: str, command: list[str]) -> str:
 
 def _cache() -> Path:
     home = os.environ.get("THINKSERVE_CACHE")
-    base = Path(home) if home else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "thinkserve"
+    # An empty variable counts as none: code is never loaded from below the working directory.
+    base = Path(home) if home else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "thinkserve"
     return base / "kernels"
 
 

@@ -73,7 +73,7 @@ async def _answer(request: Request, error: Exception) -> Response:
         error = ApiError(400, "invalid_request", "The request could not be read.")
     told = from_exception(error, request.scope["state"]["request_id"])
     if request.method == "POST":
-        state.metrics.refused(told.status)
+        state.metrics.refused(told.status, told.code)
     content, headers = error_message(told)
     response = Response(content, told.status)
     response.raw_headers = headers

@@ -63,7 +63,8 @@ def _secrets(kind: str, given: SecretStr | None, file: Path | None) -> list[str]
         try:
             lines = file.read_text("utf-8").splitlines()
         except (OSError, UnicodeError) as error:
-            raise StartError(f"The {kind} key file {file} cannot be read: {error}") from error
+            reason = getattr(error, "strerror", None) or "not text"
+            raise StartError(f"Cannot read {kind}_keys_file {file}: {reason}") from error
         secrets += [line for line in lines if not line.lstrip().startswith("#")]
     secrets = [secret.strip() for secret in secrets if secret.strip()]
     if not secrets and (given is not None or file is not None):

@@ -104,7 +104,7 @@ def _models(settings: Settings) -> Iterator[Finding]:
     for remote in deployment.remote:
         yield Finding(remote.role, remote.url)
     try:
-        check_names(settings, deployment.target.name)
+        check_names(settings, deployment)
         yield Finding("presets", ", ".join(settings.presets) or "none")
     except StartError as error:
         yield Finding("presets", str(error), ok=False)

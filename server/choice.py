@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any, Protocol
 
 from pydantic import ValidationError
@@ -25,6 +26,8 @@ from thinkserve.strategies.modifiers import Layer, Modifier, modifiers
 from thinkserve.strategies.registry import Options, Strategy
 
 HEADER = "X-Reasoning-Strategy"
+MODE = "reasoning.mode"
+MAX_VALUES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +56,14 @@ def choose(chat: ChatRequest, headers: Sequence[str], settings: Settings, served
     """
     preset = preset_of(chat.model, settings, served)
     explicit = list(_explicit(chat, headers, preset, settings))
-    for other in explicit[1:]:
-        if not _same(explicit[0], other):
-            raise _conflict(explicit[0], other)
+    for one, other in combinations(explicit, 2):
+        if not _same(one, other):
+            raise _conflict(one, other)
     if explicit:
-        return explicit[0]
+        return next((each for each in explicit if each.over), explicit[0])
     mapped = settings.effort_map.get(effort) if (effort := effort_of(chat)) else None
     if mapped is not None:
-        return resolve(mapped, {}, settings, where="reasoning_effort")
+        return preset_choice(mapped, settings, "reasoning_effort", "reasoning_effort")
     return resolve(settings.default_strategy, {}, settings, where="default")
 
 
@@ -141,15 +144,29 @@ def layers(wanted: Iterable[Named], above: str) -> tuple[Layer, ...]:
 
 def checked(strategy: Strategy | Modifier, params: Mapping[str, Any], param: str = "strategy.params") -> Options:
     """The options of a strategy or modifier. Raises ApiError 400 that points below `param`."""
+    if _more_than(MAX_VALUES, params):
+        # Complaints about a million of them would hold up every other request.
+        raise ApiError(400, "value_out_of_range", f"{param} holds more than {MAX_VALUES} values.", param=param)
     try:
         # By way of JSON, because only there does strict mode take a list for a tuple or a string for an enum.
-        return strategy.options.model_validate_json(json.dumps(params))
+        # YAML has more types than JSON; as text they are of the wrong type, and told so.
+        return strategy.options.model_validate_json(json.dumps(params, default=str))
     except ValidationError as error:
         known = {param: strategy.options.model_fields}
         raise from_pydantic(error, dict(params), prefix=param, known=known) from None
     except BadOptions as error:
         path = f"{param}.{error.param}" if error.param else param
         raise ApiError(400, "value_out_of_range", str(error), param=path) from None
+
+
+def _more_than(most: int, params: Mapping[str, Any]) -> bool:
+    """Whether there are more than so many values in it, at all depths together."""
+    level: list[Any] = [params]
+    while level and most >= 0:
+        most -= sum(map(len, level))
+        items = (item for each in level for item in (each.values() if isinstance(each, Mapping) else each))
+        level = [item for item in items if isinstance(item, Mapping | list)] if most >= 0 else []
+    return most < 0
 
 
 def check_settings(settings: Settings, served: str) -> None:
@@ -174,7 +191,7 @@ def _explicit(chat: ChatRequest, headers: Sequence[str], preset: str | None, set
         where = "strategy" if isinstance(chat.strategy, str) else "strategy.name"
         yield _with_layers(resolve(chat.choice.name, chat.choice.params, settings, where=where), chat.choice.over)
     if chat.reasoning is not None and chat.reasoning.mode is not None:
-        yield resolve(chat.reasoning.mode, {}, settings, where="reasoning.mode")
+        yield resolve(chat.reasoning.mode, {}, settings, where=MODE)
     if headers:
         try:
             name, params = header_item.parse(", ".join(headers))
@@ -182,7 +199,7 @@ def _explicit(chat: ChatRequest, headers: Sequence[str], preset: str | None, set
             raise ApiError(400, "invalid_type", f"{HEADER}: {error}.", param=HEADER) from None
         yield resolve(name, params, settings, where=HEADER, param=HEADER)
     if preset is not None:
-        yield preset_choice(preset, settings, "model")
+        yield preset_choice(preset, settings, "model", "model")
 
 
 def _with_layers(choice: Choice, wanted: Sequence[Named]) -> Choice:
@@ -198,8 +215,9 @@ def _works_over(name: str, choice: Choice) -> None:
 
 
 def _same(one: Choice, other: Choice) -> bool:
-    # Header and mode have no words for modifiers, so they do not contradict any.
-    over = one.over == other.over or not (other.over or other.preset)
+    # Header and mode have no words for modifiers: unless they name a preset, they do not contradict any.
+    silent = any(each.where in (HEADER, MODE) and each.preset is None for each in (one, other))
+    over = silent or one.over == other.over
     return one.strategy.id == other.strategy.id and one.options == other.options and over
 
 

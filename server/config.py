@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -20,7 +20,7 @@ from pydantic_settings import EnvSettingsSource
 from pydantic_settings.exceptions import SettingsError
 
 from thinkserve.server.model_dir import StartError
-from thinkserve.server.settings import Preset, PresetLayer, Settings
+from thinkserve.server.settings import Preset, PresetLayer, RemoteSettings, Settings
 from thinkserve.server.validation import nearest
 
 PREFIX = "THINKSERVE_"
@@ -69,8 +69,11 @@ def redacted(config: Config) -> str:
 def _environment() -> dict[str, Any]:
     for variable in os.environ:
         if variable.upper().startswith(PREFIX) and variable.upper() not in OTHER_VARIABLES:
-            name = variable[len(PREFIX) :].lower().split("__")[0]
-            _known(name, variable, Settings.model_fields, PREFIX)
+            whole = variable[len(PREFIX) :].lower()
+            name = whole.split("__")[0]
+            # Only these have something below them; API_KEYS__FILE would be passed over, and leave the server open.
+            nested = name in Settings.model_fields and get_origin(Settings.model_fields[name].annotation) is dict
+            _known(name if nested else whole, variable, Settings.model_fields, PREFIX)
     try:
         return EnvSettingsSource(Settings)()
     except SettingsError as error:
@@ -117,7 +120,8 @@ def _complaint(error: ValidationError, origin: Mapping[str, str]) -> str:
     shown = ".".join(path) if len(path) > 1 else path[0]
     where = "" if place == path[0] else f" ({place})"
     if detail["type"] == "extra_forbidden":
-        fields = (PresetLayer if "over" in path[:-1] else Preset).model_fields
+        layer = PresetLayer if "over" in path[:-1] else Preset
+        fields = (RemoteSettings if path[0] == "remote" else layer).model_fields
         return f"Unknown setting {shown}{where}.{nearest(path[-1], fields)}"
     return f"Setting {shown}{where}: {_reason(detail)}"
 

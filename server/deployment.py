@@ -104,6 +104,7 @@ def _checked_url(role: Helper, url: str) -> str:
     try:
         parts = urlsplit(url)
         fits = bool(parts.hostname) and parts.username is None and (parts.port or 1) > 0
+        fits = fits and not parts.query and not parts.fragment
     except ValueError:
         fits = False
     if not fits:

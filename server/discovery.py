@@ -6,6 +6,7 @@ Pure: everything follows from the configuration, the model and the registry, and
 from __future__ import annotations
 
 import json
+from functools import cache
 from hashlib import sha256
 from typing import Any
 
@@ -21,7 +22,7 @@ from thinkserve.server.wire_types import ModelCard, ModelList, ReasoningCard, St
 from thinkserve.strategies import registry
 from thinkserve.strategies.errors import UnknownStrategy
 from thinkserve.strategies.modifiers import Modifier, modifiers
-from thinkserve.strategies.registry import Strategy
+from thinkserve.strategies.registry import Options, Strategy
 
 SUPPORTED = [
     "strategy", "reasoning", "reasoning_effort", "include_reasoning", "thinking_token_budget", "max_tokens",
@@ -33,8 +34,17 @@ REQUIRES = {"guide": "draft_model", "reward": "prm", "verifier": "verifier", "st
 
 def models(serving: Serving, created: int) -> ModelList:
     """Cards of the served model and of each of its presets that can run."""
-    presets = [name for name in serving.settings.presets if _runs(serving, name)]
+    presets = [name for name in serving.settings.presets if runs(serving, name)]
     return {"object": "list", "data": [_card(serving, created, preset) for preset in [None, *presets]]}
+
+
+def runs(serving: Serving, preset: str) -> bool:
+    """Whether a request for the preset would not be refused for what this server has and allows."""
+    choice, backend = preset_choice(preset, serving.settings, "model"), serving.backend
+    needed: list[Strategy | Modifier] = [choice.strategy, *(layer.modifier for layer in choice.over)]
+    steers = "steering" in choice.strategy.needs
+    lacking = any(missing_roles(each, backend) for each in needed) or (steers and backend.vectors is None)
+    return not lacking and choice.options.chains() <= serving.settings.max_chains
 
 
 def model(serving: Serving, created: int, name: str) -> ModelCard:
@@ -122,12 +132,12 @@ def unavailable(entry: Strategy, backend: Backend) -> str | None:
 
 def params_schema(entry: Strategy | Modifier) -> dict[str, Any]:
     """JSON Schema 2020-12 of the parameters of a strategy or modifier."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **entry.options.model_json_schema()}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_schema(entry.options)}
 
 
 def limits(entry: Strategy, settings: Settings) -> dict[str, float]:
     """The largest value of every bounded parameter, and how many chains the operator allows a request."""
-    properties: dict[str, Any] = entry.options.model_json_schema().get("properties", {})
+    properties: dict[str, Any] = _schema(entry.options).get("properties", {})
     bounds = {name: _maximum(schema) for name, schema in properties.items()}
     return {name: bound for name, bound in bounds.items() if bound is not None} | {"chains": settings.max_chains}
 
@@ -135,6 +145,12 @@ def limits(entry: Strategy, settings: Settings) -> dict[str, float]:
 def etag(document: object) -> str:
     """A strong validator of a document."""
     return f'"{sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:32]}"'
+
+
+@cache
+def _schema(options: type[Options]) -> dict[str, Any]:
+    # Making them all takes so long that streams would stall whenever somebody asks.
+    return options.model_json_schema()
 
 
 def _maximum(schema: dict[str, Any]) -> float | None:
@@ -164,12 +180,6 @@ def _reasoning(backend: Backend) -> ReasoningCard | None:
         return None
     budgets = {str(effort): tokens for effort, tokens in ladder(backend.info).items()}
     return {"efforts": list(budgets), "budgets": budgets, "default_effort": None, "max_budget": backend.info.context}
-
-
-def _runs(serving: Serving, preset: str) -> bool:
-    choice = preset_choice(preset, serving.settings, "model")
-    needed: list[Strategy | Modifier] = [choice.strategy, *(layer.modifier for layer in choice.over)]
-    return not any(missing_roles(each, serving.backend) for each in needed)
 
 
 def _means(preset: Preset, entry: Strategy) -> bool:

@@ -56,6 +56,14 @@ class RoleDown(EngineFailed):
         self.role = role
 
 
+class RoleFailed(EngineFailed):
+    """The model of one role other than the target gave up on what it was asked; the words are for the operator."""
+
+    def __init__(self, role: Role, message: str) -> None:
+        super().__init__(message)
+        self.role = role
+
+
 def from_exception(exc: BaseException, request_id: str) -> ApiError:
     """What the client is told about `exc`; of a group, the mildest member that has a translation."""
     known = [error for leaf in _leaves(exc) if (error := _translate(leaf, request_id)) is not None]
@@ -96,6 +104,12 @@ def _role_down(exc: RoleDown) -> ApiError:
     return ApiError(503, code, str(exc), "overloaded_error", None, retry_after(5, 30))
 
 
+def _role_failed(exc: RoleFailed, request_id: str) -> ApiError:
+    code = "prm_unavailable" if exc.role == "reward" else f"{exc.role}_failed"
+    message = f"The model that serves the role {exc.role!r} could not do its part; request id {request_id}."
+    return ApiError(502, code, message, "api_error", None, NO_RETRY)
+
+
 def _engine_failed(request_id: str) -> ApiError:
     message = f"The engine could not finish this request; request id {request_id}."
     return ApiError(500, "internal_error", message, "server_error", None, NO_RETRY)
@@ -125,6 +139,7 @@ TABLE: tuple[tuple[type[BaseException], Callable[[Any, str], ApiError]], ...] = 
     (Unsupported, lambda exc, _: _unsupported(exc)),
     (TooLong, lambda exc, _: ApiError(400, "context_length_exceeded", str(exc), param="messages")),
     (RoleDown, lambda exc, _: _role_down(exc)),
+    (RoleFailed, _role_failed),
     (EngineDead, lambda *_: _engine_dead()),
     (EngineFailed, lambda _, request_id: _engine_failed(request_id)),
     (TimeoutError, lambda *_: _deadline()),

@@ -1,8 +1,8 @@
 """A request body as a JSON object, read more strictly than `json` does.
 
 Refused: NaN, infinities and numbers that overflow to them, negative zero, integers beyond 64 bits, duplicate keys,
-nesting beyond 64 levels, lone surrogates, a byte-order mark, anything that is not UTF-8 or not an object. The size of
-the body is the middleware's business.
+nesting beyond 64 levels, objects of more than 4096 keys, lone surrogates, a byte-order mark, anything that is not UTF-8
+or not an object. The size of the body is the middleware's business.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from starlette.requests import Request
 from thinkserve.server.errors import ApiError, clean
 
 MAX_DEPTH = 64
+MAX_KEYS = 4096  # each may be a complaint, and making a million of them would hold up every other request
 OFF_LOOP_BYTES = 64 * 1024  # larger bodies are parsed in a thread, so that other requests keep moving
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -96,6 +97,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) < len(pairs):
         twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise _invalid(f"The key {clean(twice)!r} occurs twice in one object.")
+    if len(pairs) > MAX_KEYS:
+        raise ApiError(400, "value_out_of_range", f"An object of the body has more than {MAX_KEYS} keys.")
     return value
 
 

@@ -1,7 +1,8 @@
 """LimitedEngine: a request's ceiling of tokens over all chains, and its deadline; both end every stream at once.
 
 A stream that ends this way has a finish of its own ("ceiling", "deadline"), so the strategy decides with what it has.
-A reader that waits is woken, even if the engine says nothing. Jobs begun afterwards end before they reach the engine.
+A reader that waits is woken, even if the engine says nothing; at the deadline so is whoever waits for a job to begin
+(another server may take its time) or for a score. Jobs begun afterwards end before they reach the engine.
 The tokens of one engine step may pass the ceiling where several chains share it.
 """
 
@@ -9,11 +10,13 @@ from __future__ import annotations
 
 import asyncio
 from asyncio import CancelledError, Task
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal, Self
+
+from anyio import CancelScope
 
 from thinkserve.strategies.around import Around, Open
 from thinkserve.strategies.engine import Delta, Engine, Finish, Job, Path, Role, Score, Stream
@@ -31,6 +34,7 @@ class LimitedEngine(Around):
         self._seconds = seconds
         self._timer: asyncio.TimerHandle | None = None
         self._open: set[_Limited] = set()
+        self._waits: set[CancelScope] = set()
         self._ended: End | None = None
 
     def __enter__(self) -> Self:
@@ -50,6 +54,8 @@ class LimitedEngine(Around):
             self._ended = finish
             for stream in self._open:
                 stream.wake()
+            for wait in self._waits if finish == "deadline" else ():
+                wait.cancel()
 
     def ending(self) -> End | None:
         """Why all streams end, once they do."""
@@ -69,7 +75,13 @@ class LimitedEngine(Around):
             yield Ended(self._ended)
             return
         cut = self._left is not None and self._left < job.max_tokens
-        async with open(replace(job, max_tokens=self._left) if cut and self._left else job) as stream:
+        async with AsyncExitStack() as stack:
+            with self._waiting() as late:
+                begun = open(replace(job, max_tokens=self._left) if cut and self._left else job)
+                stream = await stack.enter_async_context(begun)
+            if late.cancelled_caught:
+                yield Ended("deadline")
+                return
             limited = _Limited(stream, self, cut)
             self._open.add(limited)
             try:
@@ -81,7 +93,19 @@ class LimitedEngine(Around):
         """What the reward model says. Raises TimeoutError once the request has ended: there is no partial score."""
         if self._ended is not None:
             raise TimeoutError(self._ended)
-        return await super().score(question, paths, role)
+        with self._waiting():
+            return await super().score(question, paths, role)
+        raise TimeoutError("deadline")
+
+    @contextmanager
+    def _waiting(self) -> Iterator[CancelScope]:
+        """A scope that is cancelled at the deadline."""
+        with CancelScope() as scope:
+            self._waits.add(scope)
+            try:
+                yield scope
+            finally:
+                self._waits.discard(scope)
 
 
 class _Limited(Through):

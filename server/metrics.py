@@ -63,9 +63,10 @@ class Metrics:
         self._requests.labels(strategy, outcome).inc()
         self._seconds.labels(strategy).observe(seconds)
 
-    def refused(self, status: int) -> None:
+    def refused(self, status: int, code: str) -> None:
         """Count a request that was answered with an error before it got to work, whichever strategy it asked for."""
-        outcome: RequestOutcome = "client_error" if status < 500 else "overload" if status == 503 else "error"
+        full = code in ("overloaded", "draining")
+        outcome: RequestOutcome = "client_error" if status < 500 else "overload" if full else "error"
         self._requests.labels("none", outcome).inc()
 
     def usage(self, strategy: str, usage: Usage) -> None:

@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from time import perf_counter, time_ns
 
 from anyio import current_time, fail_after, move_on_after
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from thinkserve.server.asgi import header, refuse
@@ -65,6 +66,9 @@ class RequestContext:
 
         try:
             await self._app(scope, receive, send_with_headers)
+        except ClientDisconnect:
+            # It left before its body was complete: there is nobody to answer, and nothing went wrong here.
+            return
         except Exception as error:
             logger.exception("request %s failed", request_id)
             if begun:

@@ -136,6 +136,9 @@ def _from_hub(name: str) -> Path:
         return Path(snapshot_download(name, local_files_only=True, allow_patterns=patterns))
     except LocalEntryNotFoundError:
         pass
+    except ValueError:
+        # Not a name that a repository could have, so a directory was meant.
+        raise StartError(f"Model directory not found: {name}") from None
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:

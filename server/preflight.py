@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from ctypes import CDLL
 from dataclasses import dataclass
-from pathlib import Path
 
-from thinkserve.server.choice import check_settings
+from thinkserve.server.auth import load_keys
+from thinkserve.server.choice import check_settings, preset_choice, resolve
 from thinkserve.server.deployment import Deployment, plan_models
 from thinkserve.server.model_dir import StartError
-from thinkserve.server.settings import Settings
+from thinkserve.server.settings import RemoteSettings, Settings
 from thinkserve.server.vllm_launch import is_cpu_build
 
 GPU_ONLY = ("gpu_memory_utilization", "tensor_parallel_size")
@@ -29,25 +29,41 @@ class Checked:
 
 
 def check(settings: Settings) -> Checked:
-    """Check the engine, the models, the presets and the key file against each other. Raises StartError."""
+    """Check the engine, the keys, the models and the presets against each other. Raises StartError."""
     cpu = is_cpu_build()
     if cpu:
         _refuse_gpu_options(settings)
         check_libraries()
-    for name in ("api_keys_file", "admin_keys_file"):
-        if (file := getattr(settings, name)) is not None:
-            _check_keys(name, file)
+    load_keys(settings)
     deployment = plan_models(settings, cpu)
-    check_names(settings, deployment.target.name)
+    if deployment.remote:
+        from thinkserve.server.remote_engine import check_access
+
+        for remote in deployment.remote:
+            check_access(settings.remote.get(remote.role, RemoteSettings()), remote.role)
+    check_names(settings, deployment)
     return Checked(deployment, cpu)
 
 
-def check_names(settings: Settings, served: str) -> None:
-    """Check that presets, effort map and default strategy name what exists. Raises StartError."""
+def check_names(settings: Settings, deployment: Deployment) -> None:
+    """Check that presets, effort map and default strategy name what exists, and what clients get unasked can run.
+
+    Raises StartError.
+    """
     try:
-        check_settings(settings, served)
+        check_settings(settings, deployment.target.name)
     except ValueError as error:
         raise StartError(str(error)) from None
+    unasked = {"default_strategy": resolve(settings.default_strategy, {}, settings, where="default_strategy")}
+    for effort, name in settings.effort_map.items():
+        unasked[f"effort_map.{effort}"] = preset_choice(name, settings, "effort_map")
+    served = {role for place in deployment.local for role in place.roles} | {each.role for each in deployment.remote}
+    for where, choice in unasked.items():
+        needed = {*choice.strategy.roles, *(role for layer in choice.over for role in layer.modifier.roles)}
+        if missing := needed - served:
+            raise StartError(f"{where} needs a model that is not configured: {', '.join(sorted(missing))}")
+        if (chains := choice.options.chains()) > settings.max_chains:
+            raise StartError(f"{where} runs {chains} chains; max_chains allows {settings.max_chains}")
 
 
 def check_libraries() -> None:
@@ -62,12 +78,3 @@ def _refuse_gpu_options(settings: Settings) -> None:
     for name in GPU_ONLY:
         if getattr(settings, name) != Settings.model_fields[name].default:
             raise StartError(f"{name} needs a GPU, but the engine is vLLM's CPU build (ENGINE=cuda installs the other)")
-
-
-def _check_keys(name: str, file: Path) -> None:
-    try:
-        keys = file.read_text(encoding="utf-8").split()
-    except (OSError, UnicodeDecodeError) as error:
-        raise StartError(f"Cannot read {name} {file}: {getattr(error, 'strerror', 'not text')}") from None
-    if not keys:
-        raise StartError(f"{name} {file} holds no key; leave the setting out instead")

@@ -25,6 +25,8 @@ MAX_STOP_CHARS = 256
 MAX_STEERS = 4
 MAX_OVER = 4
 MAX_SCALE = 10.0
+# On lists: a body holds up to a million items, and complaints about all of them would hold up every other request.
+FIRST_ONLY: Any = Field(fail_fast=True)
 
 # Field -> values that ask for nothing; null always is one.
 REFUSED: dict[str, tuple[object, ...]] = {
@@ -102,7 +104,7 @@ class SteerChoice(Wire):
         description="Factor of the raw vector; negative: away from it.",
         json_schema_extra={"minimum": -MAX_SCALE, "maximum": MAX_SCALE},
     )
-    layers: list[int] | None = Field(
+    layers: Annotated[list[int], FIRST_ONLY] | None = Field(
         None, description="Blocks whose output is steered, counted from 0; default: all that the vector has."
     )
     positions: Positions = Field("generated", description="All generated tokens, or those until the end of thinking.")
@@ -173,7 +175,7 @@ class ChatRequest(Wire):
         None, max_length=MAX_BIASES, description="Added to the logits, by token id; one chain only."
     )
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="Every chain's seed follows from it.")
-    stop: Annotated[Text | Annotated[list[str], Tag("list")], Discriminator(kind)] | None = Field(
+    stop: Annotated[Text | Annotated[list[str], FIRST_ONLY, Tag("list")], Discriminator(kind)] | None = Field(
         None, description="Up to 4 strings that end the answer; thoughts may hold them."
     )
     logprobs: bool | None = Field(None, description="Log-probabilities of the visible answer's tokens.")

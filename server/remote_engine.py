@@ -8,6 +8,7 @@ request, and a key only from the environment.
 from __future__ import annotations
 
 import os
+import ssl
 from dataclasses import replace
 from urllib.parse import urlsplit
 
@@ -31,7 +32,7 @@ async def connect(url: str, settings: RemoteSettings, target: ServedModel | None
 
     A guide must have the target's tokenizer. Other models may have one of their own, which only their server knows.
     """
-    http = RemoteHttp(_base(url, role), settings, _key(settings, role), f"The remote {role}")
+    http = RemoteHttp(_base(url, role), settings, check_access(settings, role), f"The remote {role}")
     try:
         return await _Introduction(http, role).model(target)
     except ReasoningError as error:
@@ -57,7 +58,14 @@ def _base(url: str, role: Role) -> str:
     return url.rstrip("/").removesuffix("/v1")
 
 
-def _key(settings: RemoteSettings, role: Role) -> str | None:
+def check_access(settings: RemoteSettings, role: Role) -> str | None:
+    """The key of a role's server, if it has one. Raises StartError for a key or certificates that are not there."""
+    try:
+        if settings.ca_file is not None:
+            ssl.create_default_context(cafile=settings.ca_file)
+    except OSError as error:
+        reason = error.strerror or "no certificates"
+        raise StartError(f"{role}: cannot use the ca_file {settings.ca_file}: {reason}") from error
     if settings.key_env is None:
         return None
     key = os.environ.get(settings.key_env, "")

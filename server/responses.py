@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from time import monotonic
 
-from anyio import CancelScope, sleep
+from anyio import CancelScope, create_task_group, sleep
+from anyio.lowlevel import checkpoint
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from thinkserve.server import errors, wire_out
-from thinkserve.server.errors import ApiError
+from thinkserve.server.asgi import refuse
+from thinkserve.server.errors import ApiError, RoleDown
 from thinkserve.server.exchange import Exchange
 from thinkserve.server.metrics import LeftIn
 from thinkserve.server.plan import Outcome, Plan
@@ -27,7 +29,7 @@ from thinkserve.server.sse import MARK, EventWriter, Template, comment, data
 from thinkserve.server.state import ServerState
 from thinkserve.server.text_out import TextOut
 from thinkserve.strategies.engine import Event, Piece
-from thinkserve.strategies.errors import ReasoningError
+from thinkserve.strategies.errors import EngineFailed, ReasoningError
 
 logger = logging.getLogger("thinkserve")
 
@@ -45,8 +47,11 @@ class ChatResponse(Response):
         self.plan, self.chat, self.state = plan, chat, state
 
     async def enter(self, scope: Scope) -> AbstractContextManager[None]:
-        """The place of this request among those at work. Raises EngineDead; entering it raises ApiError 503."""
+        """The place of this request among those at work. Raises EngineFailed; entering it raises ApiError 503."""
         await self.state.backend.check()
+        # Strategies can do without guide and verifier, if they are told to; without their scores they cannot.
+        if "reward" in self.plan.strategy.roles and not self.state.backend.roles["reward"].alive:
+            raise RoleDown("reward")
         self.execution = self.state.runner.open(self.plan, client(scope))
         self.text = TextOut(self.execution.texts, self.plan)
         return self.state.admission.admit(self.plan)
@@ -64,9 +69,11 @@ class ChatResponse(Response):
         return errors.from_exception(TimeoutError(), self.plan.request_id)
 
     def told(self, error: Exception) -> ApiError:
-        """What the client is told; errors that nobody foresaw are logged with their traceback."""
+        """What the client is told; the log has the engine's own words, and the traceback of what nobody foresaw."""
         if not isinstance(error, KNOWN):
             logger.error("request %s failed", self.plan.request_id, exc_info=error)
+        elif isinstance(error, EngineFailed):
+            logger.error("request %s failed: %s", self.plan.request_id, error)
         return errors.from_exception(error, self.plan.request_id)
 
 
@@ -77,17 +84,19 @@ class ChatJson(ChatResponse):
 
     def __init__(self, plan: Plan, chat: ChatRequest, state: ServerState) -> None:
         super().__init__(plan, chat, state, {})
+        self._error: ApiError | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the strategy and send the completion; nothing is sent to a client that has left."""
         with await self.enter(scope):
             exchange = Exchange(receive)
-            self._error: ApiError | None = None
             await exchange.run(self._work)
         if self.left(exchange):
             return
         if self._error is not None:
-            raise self._error
+            # Answered here and not by the app, which counts what never got to work.
+            await refuse(self._error, send)
+            return
         self.headers["content-length"] = str(len(self._body))
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         await send({"type": "http.response.body", "body": self._body})
@@ -135,17 +144,18 @@ class ChatStream(ChatResponse):
             self.left(exchange)
 
     async def _work(self) -> None:
-        started = monotonic()
-        self._started = started
-        try:
-            await self._writer.write(data(self._chunks.role()))
-            await self._finish(await self.state.runner.run(self.execution, self._emit))
-        except OSError:
-            # Some servers report a client that has gone this way; the listener hears of it as well.
-            return
-        except Exception as error:  # noqa: BLE001 - the status is sent; all that is left is an error event
-            await self._writer.write(data(errors.body(self.told(error))))
-        await self._writer.end()
+        self._started = monotonic()
+        # What is left to raise here is a send that fails: the client has gone, and the listener hears of it as well.
+        with suppress(OSError):
+            try:
+                await self._writer.write(data(self._chunks.role()))
+                await self._finish(await self.state.runner.run(self.execution, self._emit))
+            except Exception as error:  # noqa: BLE001 - the status is sent; all that is left is an error event
+                # Not told by its type: a deadline, and trouble with a process of ours, are OSErrors too.
+                if self._writer.lost:
+                    return
+                await self._writer.write(data(errors.body(self.told(error))))
+            await self._writer.end()
 
     async def _finish(self, outcome: Outcome) -> None:
         if not usable(outcome) and not self.text.reasoning:
@@ -176,12 +186,20 @@ class ChatStream(ChatResponse):
     async def _keep_alive(self, scope: CancelScope) -> None:
         """Comment on silence; return when the client has taken nothing for too long."""
         writer, silence, patience = self._writer, self.state.settings.keep_alive_s, self.state.send_timeout_s
-        while writer.stuck < patience:
-            due = writer.last + silence - monotonic()
-            if writer.busy or due > 0:
-                await sleep(min(1.0 if writer.busy else due, patience / 4))
-            else:
-                await writer.write(comment(f"keep-alive {self.execution.status()}"))
+        async with create_task_group() as group:
+            while writer.stuck < patience and not writer.lost:
+                due = writer.last + silence - monotonic()
+                if writer.busy or due > 0:
+                    await sleep(min(1.0 if writer.busy else due, patience / 4))
+                else:
+                    # Beside this watch, because the client may not take the comment either.
+                    group.start_soon(self._comment)
+                    await checkpoint()
+            group.cancel_scope.cancel()
+
+    async def _comment(self) -> None:
+        with suppress(OSError):
+            await self._writer.write(comment(f"keep-alive {self.execution.status()}"))
 
 
 def client(scope: Scope) -> dict[str, object]:

@@ -6,20 +6,21 @@ server: who needs that role is told so (503), everybody else is served.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
 import anyio
 
 from thinkserve.server.deployment import Deployment, Remote
-from thinkserve.server.errors import RoleDown
+from thinkserve.server.errors import RoleDown, RoleFailed
 from thinkserve.server.plan import Backend, Rendered, ServedModel
 from thinkserve.server.settings import RemoteSettings, Settings
 from thinkserve.server.vectors import VectorRegistry
 from thinkserve.strategies.engine import (
     Chain,
+    Delta,
     Detokenizer,
     Engine,
     Job,
@@ -31,7 +32,8 @@ from thinkserve.strategies.engine import (
     Stream,
     Tokens,
 )
-from thinkserve.strategies.errors import EngineDead, Unsupported
+from thinkserve.strategies.errors import EngineDead, EngineFailed, Unsupported
+from thinkserve.strategies.streams import Through
 
 
 async def create(settings: Settings, deployment: Deployment) -> Roles:
@@ -170,12 +172,15 @@ class RoledEngine:
     async def score(self, question: str, paths: Sequence[Path], role: Role = "reward") -> list[Score]:
         """What the reward model says of each path. Raises Unsupported, EngineFailed."""
         async with self._up(role) as engine:
-            return await engine.score(question, paths)
+            with _blamed(role):
+                return await engine.score(question, paths)
 
     @asynccontextmanager
     async def _generate(self, job: Job) -> AsyncIterator[Stream]:
-        async with self._up(job.role) as engine, engine.generate(replace(job, role="target")) as stream:
-            yield stream
+        async with self._up(job.role) as engine, AsyncExitStack() as stack:
+            with _blamed(job.role):
+                stream = await stack.enter_async_context(engine.generate(replace(job, role="target")))
+            yield _Helping(stream, job.role)
 
     @asynccontextmanager
     async def _chain(self, job: Job) -> AsyncIterator[Chain]:
@@ -204,3 +209,28 @@ class RoledEngine:
         if role not in self._engines:
             self._engines[role] = model.engine(self._id, self._salt)
         return self._engines[role]
+
+
+class _Helping(Through):
+    """The stream of a helper: its failures are told from the target's."""
+
+    __slots__ = ("_role",)
+
+    def __init__(self, inner: Stream, role: Role) -> None:
+        super().__init__(inner)
+        self._role: Role = role
+
+    async def __anext__(self) -> Delta:
+        with _blamed(self._role):
+            return await super().__anext__()
+
+
+@contextmanager
+def _blamed(role: Role) -> Iterator[None]:
+    """That a model gives up is told as the failure of its role; that it is gone, `_up` tells."""
+    try:
+        yield
+    except EngineDead:
+        raise
+    except EngineFailed as error:
+        raise RoleFailed(role, str(error)) from error

@@ -15,6 +15,7 @@ import anyio
 from rich.console import Console
 
 from thinkserve.server import banner, logs
+from thinkserve.server.discovery import runs
 from thinkserve.server.lifecycle import Server, reserve_socket
 from thinkserve.server.preflight import Checked, check
 from thinkserve.server.roles import create
@@ -44,7 +45,7 @@ async def _serve(settings: Settings, checked: Checked, listener: socket.socket, 
     server = Server(settings, backend, listener)
     url = banner.address(settings.host, listener.getsockname()[1])
     keyed = bool(settings.api_keys or settings.api_keys_file)
-    preset = next(iter(settings.presets), None)
+    preset = next((name for name in settings.presets if runs(server.state, name)), None)
 
     def ready() -> None:
         banner.loaded_models(console, checked.deployment, backend.roles)

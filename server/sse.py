@@ -42,7 +42,10 @@ class Template:
 
 
 class EventWriter:
-    """Writes blocks to one client, in order. `last` is when something was last sent, on the monotonic clock."""
+    """Writes blocks to one client, in order. `last` is when something was last sent, on the monotonic clock.
+
+    `lost`: a send has failed, which is how some servers report a client that has gone.
+    """
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -50,6 +53,7 @@ class EventWriter:
         self._idle: anyio.Event | None = None
         self._since: float | None = None
         self.last = monotonic()
+        self.lost = False
 
     @property
     def busy(self) -> bool:
@@ -82,9 +86,10 @@ class EventWriter:
         self._since = monotonic()
         try:
             await self._send({"type": "http.response.body", "body": b"".join(blocks), "more_body": more})
-        except BaseException:
+        except BaseException as error:
             # A send that is cancelled while it waits for the client has not written yet.
             self._waiting[:0] = blocks
+            self.lost = self.lost or isinstance(error, OSError)
             raise
         finally:
             self.last, self._since = monotonic(), None

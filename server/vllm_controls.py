@@ -126,7 +126,7 @@ def _joined(entries: list[Entry]) -> list[Entry]:
     joined: list[Entry] = []
     for entry in entries:
         same = (entry.vector, entry.scale, entry.close, entry.column)
-        last = next((old for old in joined if (old.vector, old.scale, old.close, old.column) == same), None)
+        last = next((old for old in reversed(joined) if (old.vector, old.scale, old.close, old.column) == same), None)
         if last is not None and last.stop == entry.start:
             joined[joined.index(last)] = replace(last, stop=entry.stop)
         else:

@@ -19,7 +19,7 @@ from thinkserve.server.reward_formats import Format, Reading
 from thinkserve.server.vllm_served import Served
 from thinkserve.server.vllm_stream import Submitted
 from thinkserve.strategies.engine import Chain, Detokenizer, Job, ModelInfo, Path, Role, Score, Stream, Tokens
-from thinkserve.strategies.errors import EngineDead, EngineFailed, Unsupported, leading
+from thinkserve.strategies.errors import EngineDead, EngineFailed, TooLong, Unsupported, leading
 
 if TYPE_CHECKING:
     from thinkserve.server.vllm_render import Renderer
@@ -124,7 +124,10 @@ class RewardEngine:
         """What the model says of each path. Steps beyond its context are NaN. Raises EngineFailed."""
         if not paths:
             return []
-        prompt = await self._prompt(question)
+        try:
+            prompt = await self._prompt(question)
+        except TooLong:
+            return [Score((nan,) * (len(path.steps) - path.known)) for path in paths]
         found = dict[int, Score]()
 
         async def read(index: int, path: Path) -> None:

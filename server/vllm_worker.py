@@ -62,8 +62,8 @@ class Part(Protocol):
         """The pass over these rows is about to begin."""
         ...
 
-    def logits(self, step: Step, logits: Tensor) -> None:
-        """Raw logits [requests, vocabulary + padding], before masks and temperature; may be changed in place."""
+    def logits(self, step: Step, logits: Tensor) -> Tensor:
+        """Raw logits [requests, vocabulary + padding], before masks and temperature; returns what takes their place."""
         ...
 
     def report(self) -> Later | None:
@@ -113,14 +113,15 @@ class Parts:
             if part.busy:
                 part.prepare(step)
 
-    def logits(self, logits: Tensor | None) -> None:
-        """Offer the raw logits of the step that was prepared."""
+    def logits(self, logits: Tensor | None) -> Tensor | None:
+        """Offer the raw logits of the step that was prepared; returns what takes their place."""
         step, self._step = self._step, None
         if step is None or logits is None or len(logits) != len(step.request_ids):
-            return
+            return logits
         for part in self._parts:
             if part.busy:
-                part.logits(step, logits)
+                logits = part.logits(step, logits)
+        return logits
 
     def report(self) -> Later | None:
         """What the parts have to say, merged by request id; None when that is nothing."""
@@ -166,9 +167,7 @@ def graft(target: Any, make: Callable[[type], type]) -> None:
 def _model(base: type) -> type:
     class Model(base):
         def compute_logits(self, *args: Any, **kwargs: Any) -> Any:
-            logits = super().compute_logits(*args, **kwargs)
-            self.thinkserve.logits(logits)
-            return logits
+            return self.thinkserve.logits(super().compute_logits(*args, **kwargs))
 
     return Model
 

@@ -104,22 +104,25 @@ class Guidance:
             return False
         return position + 1 == state.start or token in self._newlines
 
-    def logits(self, step: Step, logits: Tensor) -> None:
+    def logits(self, step: Step, logits: Tensor) -> Tensor:
         """Replace the guided rows of logits [requests, vocabulary + padding]."""
         if not self._rows:
-            return
+            return logits
+        # As the sampler will have them: at EXCLUDED, 16 bits would not tell one token from another.
+        logits = logits.float()
         alpha, rate = self._predictor(self._states.taken())
         device, vocabulary = logits.device, alpha.shape[-1]
         rows = torch.tensor(self._rows, device=device)
-        raw = logits[rows, :vocabulary].float()
+        raw = logits[rows, :vocabulary]
         remaining = torch.tensor(self._remaining, device=device)
         guided = guide(raw, alpha, rate, remaining, lam_min=self._lam_min)
         fallback = EXCLUDED + raw.log_softmax(-1)
         written = torch.where(guided > EXCLUDED, guided, fallback)
         written *= torch.tensor(self._temperature, device=device)[:, None]
-        logits[rows, :vocabulary] = written.to(logits.dtype)
+        logits[rows, :vocabulary] = written
         logits[rows, vocabulary:] = float("-inf")
         self._rows = []
+        return logits
 
     def report(self) -> Callable[[], Mapping[str, Mapping[str, Any]]] | None:
         """Nothing: what was drawn says it all."""

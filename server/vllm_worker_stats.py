@@ -49,15 +49,16 @@ class Stats:
         """Whatever an earlier step left is not this one's."""
         self._values = None
 
-    def logits(self, step: Step, logits: Tensor) -> None:
+    def logits(self, step: Step, logits: Tensor) -> Tensor:
         """One pass over the rows of those who asked; logits [requests, vocabulary + padding] stay as they are."""
         rows = [row for row, request_id in enumerate(step.request_ids) if request_id in self._asked]
-        if not rows:
-            return
-        if len(rows) < len(step.request_ids):
-            logits = logits[torch.tensor(rows, device=logits.device)]
-        self._ids = [step.request_ids[row] for row in rows]
-        self._values = to_host(token_stats(logits, self._vocab, self._close)[:, _COLUMNS])
+        if rows:
+            some = logits
+            if len(rows) < len(step.request_ids):
+                some = logits[torch.tensor(rows, device=logits.device)]
+            self._ids = [step.request_ids[row] for row in rows]
+            self._values = to_host(token_stats(some, self._vocab, self._close)[:, _COLUMNS])
+        return logits
 
     def report(self) -> Callable[[], dict[str, Any]] | None:
         """The four numbers of each request that asked, of the step just done; reading them may wait for the device."""

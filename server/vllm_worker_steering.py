@@ -172,8 +172,9 @@ class Steering:
         if rows is not None and (rows.close >= 0).any():
             self._end_with_thinking(rows, step.ids)
 
-    def logits(self, step: Step, logits: Tensor) -> None:
+    def logits(self, step: Step, logits: Tensor) -> Tensor:
         """Steering leaves logits alone."""
+        return logits
 
     def report(self) -> None:
         """Steering has nothing to say."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from thinkserve.server.model_dir import ModelDir
+from thinkserve.server.model_dir import ModelDir, StartError
 
 
 def difference(one: ModelDir, other: ModelDir) -> str | None:
-    """The first token in which two tokenizers differ, in words for the operator; None when they agree.
+    """The first token in which two tokenizers differ, in words for the operator; None when they agree. StartError.
 
     Ids, and which tokens are special (left out of the text), must be the same. Merges may differ: tokens are exchanged,
     not made anew.
@@ -28,7 +28,10 @@ def _tokens(model: ModelDir) -> dict[str, tuple[int, bool]]:
     file = model.path / "tokenizer.json"
     if not file.is_file():
         return {}
-    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StartError(f"Cannot read {file}: {error}") from error
     vocabulary: Any = content.get("model", {}).get("vocab", {})
     # Unigram models list their tokens in order of id.
     pairs = vocabulary.items() if isinstance(vocabulary, dict) else ((row[0], i) for i, row in enumerate(vocabulary))

@@ -76,8 +76,7 @@ async def run(task: Task, engine: Engine, emit: Emit, options: AStarOptions) -> 
             f[child] = f[node] + CHANGE[options.edge](h[child] - h[node])
             heappush(heap, (f[child], -child.depth, len(f), child))
         await _shrink(tree, heap)
-    leaves = [node for node in f if not node.proposed]
-    best = min(leaves, key=lambda node: (not node.terminal, f[node], h[node], -node.length), default=root)
+    best = min(tree.ends, key=lambda node: (not node.terminal, f[node], h[node], -node.length))
     return await tree.answer(best, f"the least f = {f[best]:.3f}", decided=tree.over is None)
 
 

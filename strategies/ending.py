@@ -101,7 +101,7 @@ class Thought:
         return told
 
     def inject(self, tokens: Tokens) -> None:
-        """Tokens that are not the model's: they count as text and are not looked at."""
+        """Tokens that there is nothing to decide about: they count as text and are not looked at."""
         self._phases.push(tokens)
         self._sentences.ended(tokens)
         self._tail = (self._tail + self._sentences.text)[-2:]
@@ -110,7 +110,11 @@ class Thought:
 
     def push(self, delta: Delta, room: int) -> Splice | None:
         """Look at what the model wrote, and cut in where it is time to."""
-        if self.over or delta.finish is not None:
+        if self.over:
+            return None
+        if delta.finish is not None:
+            # Nothing can be put behind it; but the chain may go on in another segment, perhaps in its answer.
+            self.inject(delta.tokens)
             return None
         for at, token in enumerate(delta.tokens):
             ended = self._sentences.ended((token,))

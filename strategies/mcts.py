@@ -56,17 +56,19 @@ async def run(task: Task, engine: Engine, emit: Emit, options: MctsOptions) -> A
     bounds = limits(task, engine, options, expansions=options.max_expansions)
     tree = Tree(task, engine, emit, bounds, options.aggregate)
     search = Search(tree, options)
-    here: Node | None = await tree.start()
-    while here is not None and not here.terminal and not tree.over:
+    here = await tree.start()
+    while not here.terminal and not tree.over:
         for _ in range(options.simulations):
             # A leaf that could not be expanded any more says nothing.
             if not tree.over:
                 await search.simulate(here)
-        here = search.most_visited(here)
-    if here is not None and here.terminal:
+        step = search.most_visited(here)
+        if step is None:
+            break
+        here = step
+    if here.terminal:
         return await tree.answer(here, f"committed to step by step, reward {tree.value(here):.3f}")
-    frontier = [] if here is None else [here]
-    return await conclude(tree, [node for node in tree.nodes if node.terminal], frontier, "best")
+    return await conclude(tree, [node for node in tree.nodes if node.terminal], [here], "best")
 
 
 @dataclass(slots=True)

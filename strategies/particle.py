@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from math import exp, fsum, log
 from random import Random
 from typing import Literal
@@ -63,7 +64,11 @@ async def run(task: Task, engine: Engine, emit: Emit, options: ParticleOptions) 
     kind = options.weights or ("odds" if rewarding(engine) else "self")
     if kind != "self":
         engine.info("reward")
-    tree = Tree(task, engine, emit, limits(task, engine, options), options.aggregate, logprobs=kind == "self")
+    bounds = limits(task, engine, options)
+    if kind == "self":
+        # Nothing is scored, so nothing is bounded by it.
+        bounds = replace(bounds, passes=None)
+    tree = Tree(task, engine, emit, bounds, options.aggregate, logprobs=kind == "self")
     rng = Random(task.seed)
     particles = [await tree.start()] * options.n
 

@@ -37,7 +37,7 @@ class ShortOptions(Options):
     @model_validator(mode="before")
     @classmethod
     def _m_left_out(cls, given: Any) -> Any:
-        if isinstance(given, dict) and "m" not in given and given.get("k") in {1, 2}:
+        if isinstance(given, dict) and "m" not in given and given.get("k") in (1, 2):
             return {**given, "m": given["k"]}
         return given
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+
 from thinkserve.strategies.engine import Delta, Finish, Stream
 
 
@@ -66,10 +68,18 @@ class Ended:
         return Delta(finish=finish)
 
 
-async def whole(stream: Stream) -> Delta:
-    """All that a stream says, read to its end."""
+async def growing(stream: Stream) -> AsyncIterator[Delta]:
+    """All that a stream has said so far, again with every delta."""
     read = Delta()
     async for new in stream:
         top, stats, finish = read.top + new.top, read.stats + new.stats, new.finish or read.finish
         read = Delta(read.tokens + new.tokens, read.logprobs + new.logprobs, top, finish, stats)
+        yield read
+
+
+async def whole(stream: Stream) -> Delta:
+    """All that a stream says, read to its end."""
+    read = Delta()
+    async for read in growing(stream):  # noqa: B007  # the last one is wanted
+        pass
     return read

@@ -61,5 +61,5 @@ def excerpt(thought: Sequence[str], paragraphs: int, tokens: int, engine: Engine
 
 
 def result(excerpt: str) -> str:
-    """What an excerpt that states a result states: its answer, else its last word."""
-    return answer_of(excerpt) or excerpt.rsplit(maxsplit=1)[-1].strip(".,:;!*\"'")
+    """What an excerpt that states a result states: its answer, else its last word; of an empty one nothing."""
+    return answer_of(excerpt) or " ".join(excerpt.rsplit(maxsplit=1)[-1:]).strip(".,:;!*\"'")

@@ -65,6 +65,12 @@ class Tree:
         """Why the search may not go on: the request has ended, or one of its own limits is reached."""
         return self.ended or self.spent.over(self.limits)
 
+    @property
+    def ends(self) -> list[Node]:
+        """Nodes behind which nothing has been written, though it may have been tried."""
+        inner = {node.parent for node in self.nodes}
+        return [node for node in self.nodes if node not in inner]
+
     def value(self, node: Node) -> float:
         """The rewards of a path as one number."""
         return aggregated(node.rewards, self._aggregate)
@@ -74,10 +80,11 @@ class Tree:
         trees, first = list[Tree](), next(self._numbers)
         for index in range(searches):
             tree = Tree(self.task, self.engine, self.emit, self.limits.share(self.spent, searches), self._aggregate)
-            # Numbers that do not depend on who is faster.
-            tree._numbers = count(first + index, searches)
+            # Numbers that do not depend on who is faster, none of them twice.
+            tree._numbers = count(first + index, searches + 1)
             tree.ended = self.ended
             trees.append(tree)
+        self._numbers = count(first + searches, searches + 1)
         return trees
 
     def join(self, other: Tree) -> None:

@@ -30,8 +30,7 @@ async def conclude(
     weigh = weight or tree.value
     decided = tree.over is None
     if not leaves:
-        ends = frontier or [node for node in tree.nodes if not node.proposed] or [tree.root]
-        node = max(ends, key=lambda node: (weigh(node), node.length))
+        node = max(frontier or tree.ends, key=lambda node: (weigh(node), node.length))
         return await tree.answer(node, "the best of what is there", decided=decided)
     if select == "best":
         node = max(leaves, key=weigh)

@@ -91,11 +91,14 @@ def test_strategies_are_listed() -> None:
         (["serve", "/nowhere"], "Model directory not found: /nowhere"),
         (["serve", "--config", "/nowhere.yaml"], "Cannot read the configuration /nowhere.yaml: No such file or dir"),
         (["serve", "--default-strategy", "majorty"], "Unknown strategy 'majorty'. Did you mean 'majority'?"),
+        (["serve", "--default-strategy", "best-of-n"], "default_strategy needs a model that is not configured: reward"),
+        (["serve", "--default-strategy", "majority", "--max-chains", "4"], "default_strategy runs 8 chains; max"),
         (["serve", "--tensor-parallel-size", "2"], "tensor_parallel_size needs a GPU"),
         (["serve", "--api-keys-file", "/nowhere"], "Cannot read api_keys_file /nowhere: No such file or directory"),
         (["serve", "--guide", "/nowhere"], "Model directory not found: /nowhere"),
         (["serve", "--guide", "http://me@host"], "guide: not the address of a server"),
         (["serve", "--reward", "none/at/all"], "Model directory not found: none/at/all"),
+        (["serve", "my models/qwen"], "Model directory not found: my models/qwen"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(arguments: list[str], expected: str, tmp_path: Path) -> None:
@@ -120,10 +123,14 @@ def test_a_mistake_on_the_command_line_is_one_line(arguments: list[str], expecte
         ("presets: {p: {strategy: nope}}", "Unknown strategy 'nope'."),
         ("presets: {p: {stratgy: single}}", "Unknown setting presets.p.stratgy ({file}). Did you mean 'strategy'?"),
         ("presets: {p: {strategy: majority, params: {kk: 3}}}", "Unknown parameter presets.p.params.kk. Did you mean"),
+        ("presets: {p: {strategy: majority, params: {k: 2024-01-01}}}", "presets.p.params.k: Input should be a valid"),
         ("presets: {m: {strategy: single}}", "preset name 'm' is not a slug, or is the name of a served model"),
         ("role_kv_gib: {target: 1}", "Setting role_kv_gib.target.[key] ({file}): input should be 'guide', 'reward' or"),
         ("role_kv_gib: {guide: 0}", "Setting role_kv_gib.guide ({file}): input should be greater than 0"),
-        ("remote: {guide: {modle: x}}", "Unknown setting remote.guide.modle ({file})."),
+        ("remote: {guide: {modle: x}}", "Unknown setting remote.guide.modle ({file}). Did you mean 'model'?"),
+        ("{guide: 'http://h', remote: {guide: {key_env: NO_KEY}}}", "guide: the environment variable NO_KEY holds no"),
+        ("{guide: 'http://h', remote: {guide: {ca_file: /nowhere}}}", "guide: cannot use the ca_file /nowhere: No"),
+        ("{effort_map: {low: p}, presets: {p: {strategy: single, over: [{name: trimr}]}}}", "effort_map.low needs a"),
         ("effort_map: {low: quick}", "effort_map: low names the unknown preset 'quick'"),
     ],
 )  # fmt: skip
@@ -144,6 +151,15 @@ def test_a_mistake_in_the_environment_is_one_line_that_names_the_variable() -> N
 
     assert (2, "thinkserve: Unknown setting THINKSERVE_PROT. Did you mean 'THINKSERVE_PORT'?\n") == unknown[::2]
     assert malformed[2].startswith("thinkserve: Setting THINKSERVE_ALLOWED_HOSTS must be JSON")
+
+
+def test_a_variable_below_a_setting_that_has_nothing_below_it_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slip of this kind must not leave the server without keys."""
+    monkeypatch.setenv("THINKSERVE_REMOTE__GUIDE__RETRIES", "1")
+    assert 1 == config.load({}, None).settings.remote["guide"].retries
+    monkeypatch.setenv("THINKSERVE_API_KEYS__FILE", "keys")
+    with pytest.raises(StartError, match=r"THINKSERVE_API_KEYS__FILE\. Did you mean 'THINKSERVE_API_KEYS_FILE'"):
+        config.load({}, None)
 
 
 def test_a_taken_port_is_told_before_the_engine_starts(tmp_path: Path) -> None:
@@ -190,6 +206,21 @@ def test_a_secret_is_never_an_option() -> None:
 
     assert status == 2
     assert error.startswith("thinkserve: No such option: --api-keys")
+
+
+def test_keys_that_cannot_be_used_are_told_before_the_weights_load(tmp_path: Path) -> None:
+    """An empty list, a file of comments, and a key that would be both kinds."""
+    model, file = str(model_in(tmp_path / "m")), tmp_path / "keys"
+    file.write_text("# none yet\n")
+    wrong = [
+        (command("serve", model, THINKSERVE_API_KEYS=" , "), "api keys are configured, but there is none"),
+        (command("serve", model, "--admin-keys-file", str(file)), "admin keys are configured, but there is none"),
+        (command("serve", model, THINKSERVE_API_KEYS="k", THINKSERVE_ADMIN_KEYS="k"), "An admin key is also an API"),
+    ]
+
+    for (status, _, error), expected in wrong:
+        assert (2, 1) == (status, error.count("\n"))
+        assert error.startswith(f"thinkserve: {expected}")
 
 
 def test_check_tells_what_is_wrong_and_what_is_right(tmp_path: Path) -> None:

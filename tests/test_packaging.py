@@ -122,3 +122,8 @@ def test_every_locked_file_is_known_by_its_hash(lock: str) -> None:
 
     assert [] == [entry for entry in entries if "==" not in entry or "--hash=sha256:" not in entry]
     assert "://" not in text
+
+
+def test_the_image_is_built_from_every_folder() -> None:
+    """What the ignore file does not let in would be missing from the image's wheel."""
+    assert {f"!{folder}" for folder in FOLDERS} <= set((ROOT / ".dockerignore").read_text().split())

@@ -150,9 +150,7 @@ def write(bench: Bench, logits: Tensor, last: dict[str, tuple[int, int]]) -> Ten
     step = step_of(last)
     bench.part.prepare(step)
     bench.states.out.normal_(generator=torch.Generator().manual_seed(3))
-    changed = logits.clone()
-    bench.part.logits(step, changed)
-    return changed
+    return bench.part.logits(step, logits.clone())
 
 
 def test_guided_rows_hold_the_guided_distribution_times_the_temperature(bench: Bench) -> None:
@@ -171,16 +169,17 @@ def test_guided_rows_hold_the_guided_distribution_times_the_temperature(bench: B
     assert (found[:, VOCABULARY:] == -torch.inf).all()
 
 
-def test_where_every_guided_token_is_banned_the_models_own_order_decides(bench: Bench) -> None:
-    """A mask after guidance never leaves a row without a token."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_where_every_guided_token_is_banned_the_models_own_order_decides(bench: Bench, dtype: torch.dtype) -> None:
+    """A mask after guidance never leaves a row without a token, whatever type the model computes in."""
     bench.predictor.rate.weight.zero_()  # too diffuse, all of them: one token is left
     bench.admit("a", 40, 5)
-    logits = torch.randn(1, VOCABULARY)
+    logits = (4 * torch.randn(1, VOCABULARY)).to(dtype)
 
     changed = write(bench, logits, {"a": (4, 0)})
 
     best = int(logits.argmax())
-    banned, own = changed.clone(), logits.clone()
+    banned, own = changed.clone(), logits.float()
     banned[0, best] = own[0, best] = -torch.inf
     assert 1.0 == changed.softmax(-1)[0, best]
     torch.testing.assert_close(banned.softmax(-1), own.softmax(-1), atol=2e-3, rtol=1e-2)

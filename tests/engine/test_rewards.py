@@ -110,13 +110,18 @@ def test_many_paths_are_one_batch(portal: BlockingPortal, model: RewardBackend) 
 
 
 def test_what_is_too_long_is_no_number_and_harms_nobody(portal: BlockingPortal, model: RewardBackend) -> None:
-    """Steps that fit keep their rewards; the engine goes on."""
+    """Steps that fit keep their rewards, behind a question that does not fit there are none; the engine goes on."""
     endless = Path((STEPS[0], "1 2 3 4 5 6 7 8 " * 200, STEPS[1]))
 
     async def scenario() -> tuple[list[Score], list[Score]]:
         return await score(model, endless, Path(STEPS[:1]), salt="long"), await score(model, Path((), 0), salt="long")
 
+    async def question() -> list[Score]:
+        return await model.engine("req").score("1 2 3 4 5 6 7 8 " * 200, [Path(STEPS, 1), Path(STEPS[:1])])
+
     (long, short), (nothing,) = portal.call(scenario)
+    assert [3, 1] == [len(each.rewards) for each in portal.call(question)]
+    assert all(math.isnan(reward) for each in portal.call(question) for reward in each.rewards)
     assert pytest.approx(short.rewards[0], abs=1e-4) == long.rewards[0]
     assert [True, True] == [math.isnan(reward) for reward in long.rewards[1:]]
     assert ((), 0) == (nothing.rewards, nothing.tokens)

@@ -143,6 +143,16 @@ def test_thinking_that_was_left_unfinished_goes_on_as_one_entry(vectors: Mapping
     assert (Entry(a, 1.0, 2, 4, -1, 0), Entry(a, 1.0, 6, None, CLOSE, 0)) == again.entries
 
 
+def test_steering_that_came_back_is_joined_with_its_own_last_part(vectors: Mapping[str, SteeringVector]) -> None:
+    """On, off, on again: the first part stays apart, the second goes on."""
+    a = vectors["a"].id
+    past = Steered((Entry(a, 1.0, 2, 4, -1, 0), Entry(a, 1.0, 6, 9, -1, 0)), {})
+
+    found = steering(job(Steer("a"), prompt=(5,) * 10), INFO, vectors, past)
+
+    assert (Entry(a, 1.0, 2, 4, -1, 0), Entry(a, 1.0, 6, None, -1, 0)) == found.entries
+
+
 def test_a_job_that_goes_on_is_steered_where_its_sequence_was(vectors: Mapping[str, SteeringVector]) -> None:
     """From the last token before what was generated; thinking that ended within it has a fixed end."""
     always, thinking, a = Steer("a"), Steer("a", positions="thinking"), vectors["a"].id

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import random
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -76,6 +78,20 @@ def test_every_line_start_is_learned_from_and_of_the_others_a_sample(folder: Pat
     assert all(p.line_start for _, places in fit.held_out for p in places)
 
 
+def test_a_prompt_that_leaves_nothing_to_learn_is_left_out(folder: Path) -> None:
+    """Longer than what is learned from, or none at all; the rest is as good as without it."""
+    recipe = Recipe(epochs=1, batch=32, held_out=0.5, longest=10)
+    others = [Trace((1,) * 11, (NEWLINE, CLOSE)), Trace((), (NEWLINE, CLOSE))] * 6
+
+    fit = Fit(folder, [*some_traces(), *others], recipe, CLOSE, (NEWLINE,))
+
+    assert 12 == len([*fit.traces, *fit.held_out])
+    assert fit.check()["positions"] >= 6
+    assert fit.steps == len(list(fit.train()))
+    with pytest.raises(BadTraces, match="0 of 12 traces have a prompt of 1 to 10 tokens and end their thinking"):
+        Fit(folder, others, recipe, CLOSE, (NEWLINE,))
+
+
 def test_pools_of_states_bound_the_memory_and_cover_every_trace(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A large model's states do not fit at once."""
     monkeypatch.setattr("thinkserve.guidance.fit.POOL_BYTES", 4 * 3 * 64 * 10)
@@ -128,6 +144,39 @@ def test_the_command_leaves_a_predictor_and_nothing_else(folder: Path, tmp_path:
     assert training["steps"] == 3
     assert set(about.newlines) == set(Words(folder).newlines(640))
     assert predictor(torch.zeros(1, 3, 64))[0].shape == (1, 640)
+
+
+def test_what_was_left_of_other_traces_is_not_taken_up(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even by the second of two calls, the first of which failed; nor is a training on other traces continued."""
+    asked: list[int] = []
+
+    class Sampler:
+        """Fails the first time, as an engine that does not start."""
+
+        def __init__(self, model: Path) -> None: ...
+
+        def __call__(self, prompts: list[list[int]], **_: object) -> list[list[int]]:
+            asked.append(len(prompts))
+            if len(asked) == 1:
+                raise OSError("no memory")
+            return [[40, CLOSE]] * len(prompts)
+
+    monkeypatch.setitem(sys.modules, "thinkserve.train.vllm_sample", SimpleNamespace(VllmSampler=Sampler))
+    write(tmp_path / "traces.jsonl", [Trace((9,), (40, CLOSE))] * 5)
+    (tmp_path / "traces.jsonl.json").write_text('{"model": "another"}')
+    source, recipe = Source(tasks=3), Recipe(epochs=1)
+
+    with pytest.raises(OSError, match="no memory"):
+        train(folder, tmp_path, source, recipe, print)
+    train(folder, tmp_path, source, recipe, print)
+
+    assert [3, 3] == asked
+    (tmp_path / "last.pt").touch()
+    (tmp_path / "traces.jsonl.json").write_text('{"model": "another"}')
+    with pytest.raises(BadTraces, match="unfinished training on other traces"):
+        train(folder, tmp_path, source, recipe, print)
 
 
 def test_a_damaged_or_missing_predictor_is_told_in_a_line(tmp_path: Path) -> None:

@@ -270,6 +270,14 @@ def test_the_compiler_s_complaint_is_passed_on(
     assert [] == list((tmp_path / "cache").rglob("*.so"))
 
 
+def test_compiled_forms_never_lie_below_the_working_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Variables that are set to nothing are as good as not set."""
+    for name in ("THINKSERVE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, "")
+
+    assert Path.home() / ".cache" / "thinkserve" / "kernels" == cpu._cache()
+
+
 def test_the_compiled_forms_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """THINKSERVE_KERNELS=0 is for comparing, and for a machine whose compiler is not to be trusted."""
     monkeypatch.setenv("THINKSERVE_KERNELS", "0")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from thinkserve.server.choice import Choice, check_settings, choose, resolve
 from thinkserve.server.errors import ApiError
 from thinkserve.server.protocol import parse_chat
 from thinkserve.server.settings import Preset, PresetLayer, Settings
+from thinkserve.strategies import registry
 
 SERVED = "arith-small"
 RACE = {"k": 8, "m": 3}
@@ -95,6 +97,16 @@ def test_a_strategy_beats_the_effort_map_and_the_map_beats_the_default() -> None
     assert chosen({"reasoning_effort": "low"}, **mapped).strategy.id == "single"
 
 
+def test_the_effort_map_means_the_preset_even_where_a_strategy_has_its_name() -> None:
+    """With its parameters and modifiers, as the model of that name has them."""
+    guarded = Preset(strategy="majority", params={"k": 2}, over=(PresetLayer(name="repetition-guard"),))
+    known: dict[str, Any] = {"presets": {"majority": guarded}, "effort_map": {"high": "majority"}}
+    mapped, named = chosen({"reasoning_effort": "high"}, **known), chosen({"model": f"{SERVED}:majority"}, **known)
+    assert (mapped.preset, mapped.options, mapped.over) == (named.preset, named.options, named.over)
+    assert mapped.options.chains() == 2
+    assert (mapped.param, named.param) == ("reasoning_effort", "model")
+
+
 @pytest.mark.parametrize(
     ("body", "code", "param", "hint"),
     [
@@ -124,6 +136,17 @@ def test_a_wrong_name_or_parameter_is_named_with_its_nearest_neighbour(
     assert (error.status, error.code, error.param) == (400, code, param)
     assert hint in error.message
     assert len(error.message) < 1000
+
+
+@pytest.mark.parametrize("name", ["trimr", "speculative-thinking", "steering"])
+def test_a_million_mistakes_are_told_as_one(name: str) -> None:
+    """In the time of one: nobody else is served meanwhile."""
+    many = [[0]] * 100_000
+    started = monotonic()
+    for field in registry.get(name).options.model_fields:
+        error = refusal({"strategy": {"name": name, "params": {field: many}}})
+        assert (error.code, error.param) == ("value_out_of_range", "strategy.params")
+    assert monotonic() - started < 1
 
 
 @pytest.mark.parametrize("k", [0, -1, 10**9, 1.5, "8", True, None, [8]])
@@ -224,6 +247,9 @@ def test_a_preset_has_modifiers_of_its_own_which_nobody_can_change() -> None:
     assert ["repetition-guard"] == [each.modifier.id for each in same.over]
     fixed = refusal({"strategy": {"name": "guarded", "over": layer}}, **known)
     assert ("unsupported_parameter", "strategy.over") == (fixed.code, fixed.param)
+    for body, header in (({}, ["majority; k=4"]), ({"reasoning": {"mode": "guarded"}}, ["majority; k=4"])):
+        echoed = chosen({"model": f"{SERVED}:guarded", **body}, header, **known)
+        assert ["repetition-guard"] == [each.modifier.id for each in echoed.over]
     contradicted = refusal({"model": f"{SERVED}:guarded", "strategy": plain}, **known)
     assert "conflicting_strategy" == contradicted.code
     assert "over repetition-guard" in contradicted.message

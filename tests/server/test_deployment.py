@@ -88,7 +88,9 @@ def test_an_address_is_a_role_on_another_server(make: Make) -> None:
     assert 1 == len(found.local)
 
 
-@pytest.mark.parametrize("url", ["http://", f"http://me:secret{AT}host", "http://host:port", "https://[::1"])
+@pytest.mark.parametrize(
+    "url", ["http://", f"http://me:secret{AT}host", "http://host:port", "https://[::1", "http://h/?key=secret"]
+)
 def test_an_address_that_is_none_is_told_without_showing_it(make: Make, url: str) -> None:
     """A password must not end up in a log."""
     with pytest.raises(StartError, match="guide: not the address of a server") as caught:
@@ -116,6 +118,15 @@ def test_a_guide_of_another_vocabulary_is_refused(
         plan_models(Settings(model=model, guide=other), cpu=True)
     assert str(caught.value).endswith(said)
     assert 2 == len(plan_models(Settings(model=model, verifier=other), cpu=True).local)
+
+
+def test_a_tokenizer_that_cannot_be_read_is_told_in_one_line(make: Make) -> None:
+    """Such as the pointer that git leaves where a large file was not fetched."""
+    model, other = make("m"), make("other")
+    (Path(other) / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+
+    with pytest.raises(StartError, match=f"Cannot read {other}/tokenizer.json: "):
+        plan_models(Settings(model=model, guide=other), cpu=True)
 
 
 @pytest.mark.parametrize("role", ["guide", "verifier"])

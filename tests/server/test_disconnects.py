@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import struct
 from collections.abc import Callable
@@ -57,8 +58,10 @@ def test_leaving_in_the_middle_of_the_answer_aborts_it(serve: Serve, until: Unti
 
 
 @pytest.mark.parametrize("cut", [10, 120, 200])
-def test_leaving_before_the_body_is_complete_starts_nothing(serve: Serve, until: Until, cut: int) -> None:
-    """In the head or in the body."""
+def test_leaving_before_the_body_is_complete_starts_nothing(
+    serve: Serve, until: Until, cut: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the head or in the body; it is no failure of the server's, so the log does not hold one."""
     server = serve(ScriptedEngine(["t"]))
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     head += b"Content-Length: 900\r\n\r\n"
@@ -68,6 +71,7 @@ def test_leaving_before_the_body_is_complete_starts_nothing(serve: Serve, until:
     assert server.chat().status_code == 200
     assert len(server.engine.history) == 1
     until(lambda: not server.server._uvicorn.server_state.tasks)
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 @pytest.mark.parametrize("stream", [False, True])

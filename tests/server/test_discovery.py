@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 from jsonschema import Draft202012Validator
@@ -12,12 +13,13 @@ from thinkserve.server import discovery
 from thinkserve.server.choice import checked
 from thinkserve.server.errors import ApiError
 from thinkserve.server.protocol import ChatRequest
-from thinkserve.server.settings import Preset, Settings
+from thinkserve.server.settings import Preset, PresetLayer, Settings
 from thinkserve.server.testing import ScriptedBackend
 from thinkserve.server.translate import served_name
 from thinkserve.server.wire_types import ModelList, StrategyList
 from thinkserve.strategies import registry
 from thinkserve.strategies.engine import ModelInfo
+from thinkserve.strategies.registry import Options
 from thinkserve.strategies.testing import ScriptedEngine, example
 
 THINKER = ModelInfo("models/arith", context=4096, vocab_size=512, eos=(0,), think_open=(1,), think_close=(2,))
@@ -44,6 +46,22 @@ def test_the_model_and_every_preset_are_cards_of_the_published_shape() -> None:
         *[(f"arith:{preset}", "arith", "arith") for preset in Settings().presets],
     ]
     assert discovery.model(Serving(), 1000, "arith:race")["strategies"] == ["short-m-at-k"]
+
+
+@pytest.mark.parametrize(
+    ("preset", "settings"),
+    [
+        (Preset(strategy="best-of-n"), {}),
+        (Preset(strategy="single", over=(PresetLayer(name="trimr"),)), {}),
+        (Preset(strategy="steering", params={"vector": "brief"}), {}),
+        (Preset(strategy="majority", params={"k": 4}), {"max_chains": 3}),
+    ],
+    ids=["role", "role of a modifier", "steering", "chains"],
+)
+def test_a_preset_that_every_request_is_refused_for_is_not_offered(preset: Preset, settings: dict[str, Any]) -> None:
+    """A picker shows what works."""
+    serving = Serving(Settings(presets={"solo": Preset(strategy="single"), "not": preset}, **settings))
+    assert [card["id"] for card in discovery.models(serving, 0)["data"]] == ["arith", "arith:solo"]
 
 
 def test_the_served_name_is_the_configured_one_or_the_last_part_of_the_path() -> None:
@@ -126,6 +144,13 @@ def test_a_strategy_without_its_model_is_shown_as_unavailable() -> None:
     assert (card["available"], card["requires"]) == (False, ["prm"])
     assert "reward" in str(card["unavailable_reason"])
     assert discovery.strategy(Serving(), "single")["unavailable_reason"] is None
+
+
+def test_schemas_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them take long enough to hold up every stream of the server."""
+    first = discovery.strategies(Serving())
+    monkeypatch.setattr(Options, "model_json_schema", None)
+    assert discovery.strategies(Serving()) == first
 
 
 def test_the_etag_changes_with_the_document_only() -> None:

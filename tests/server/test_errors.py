@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.exceptions import HTTPException
 
-from thinkserve.server.errors import TABLE, ApiError, body, clean, from_exception
+from thinkserve.server.errors import TABLE, ApiError, RoleFailed, body, clean, from_exception
 from thinkserve.strategies.errors import (
     BadOptions,
     EngineDead,
@@ -32,6 +32,8 @@ from thinkserve.strategies.errors import (
         (TooLong(5000, 4096), 400, "context_length_exceeded", "messages"),
         (EngineDead("pid 17 at 0x7f gone"), 503, "engine_unavailable", None),
         (EngineFailed("cuda error in /srv/x.py"), 500, "internal_error", None),
+        (RoleFailed("verifier", "sk-1 at /srv"), 502, "verifier_failed", None),
+        (RoleFailed("reward", "sk-1 at /srv"), 502, "prm_unavailable", None),
         (TimeoutError(), 504, "deadline_exceeded", None),
         (HTTPException(404), 404, "route_not_found", None),
         (HTTPException(405, headers={"Allow": "GET"}), 405, "method_not_allowed", None),
@@ -47,7 +49,13 @@ def test_each_exception_has_its_status_and_code(exc: Exception, status: int, cod
 
 
 @pytest.mark.parametrize(
-    "exc", [RuntimeError("secret 0xdead /etc"), EngineFailed("0x7f /srv"), EngineDead("0x7f /srv")]
+    "exc",
+    [
+        RuntimeError("secret 0xdead /etc"),
+        EngineFailed("0x7f /srv"),
+        EngineDead("0x7f /srv"),
+        RoleFailed("guide", "0x7f /srv"),
+    ],
 )
 def test_words_of_unexpected_exceptions_stay_inside(exc: Exception) -> None:
     """Neither addresses nor paths nor the exception's text reach the client."""
@@ -59,6 +67,7 @@ def test_server_faults_that_would_be_paid_twice_forbid_a_retry() -> None:
     """OpenAI clients retry 500 and 504 on their own unless told otherwise; 503 says when to come back."""
     assert from_exception(EngineFailed(""), "r").headers["x-should-retry"] == "false"
     assert from_exception(TimeoutError(), "r").headers["x-should-retry"] == "false"
+    assert from_exception(RoleFailed("reward", ""), "r").headers["x-should-retry"] == "false"
     assert 1 <= int(from_exception(EngineDead(""), "r").headers["Retry-After"]) <= 30
 
 

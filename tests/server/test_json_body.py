@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from thinkserve.server.errors import ApiError, body
-from thinkserve.server.json_body import MAX_DEPTH, check_headers, parse
+from thinkserve.server.json_body import MAX_DEPTH, MAX_KEYS, check_headers, parse
 
 JSON = st.recursive(
     st.none()
@@ -55,6 +55,7 @@ def refusal(raw: bytes) -> ApiError:
         (b'{"a": -0.0}', "value_out_of_range"),
         (b'{"a": ' + b"9" * 5000 + b"}", "value_out_of_range"),
         (b'{"a": 18446744073709551616}', "value_out_of_range"),
+        (json.dumps({"a": {str(key): 0 for key in range(MAX_KEYS + 1)}}).encode(), "value_out_of_range"),
     ],
 )
 def test_what_is_not_a_plain_json_object_is_refused_by_its_own_code(raw: bytes, code: str) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 
 import anyio
 import pytest
@@ -12,7 +13,7 @@ from anyio.lowlevel import checkpoint
 from thinkserve.server.answer_stops import AnswerStops
 from thinkserve.server.limits import LimitedEngine
 from thinkserve.strategies import registry
-from thinkserve.strategies.engine import Engine, Finish, Job, Path, Score, Task
+from thinkserve.strategies.engine import Engine, Finish, Job, Path, Role, Score, Stream, Task
 from thinkserve.strategies.testing import Recorder, ScriptedEngine
 
 pytestmark = pytest.mark.anyio
@@ -138,6 +139,48 @@ async def test_there_is_no_score_after_the_end() -> None:
     limited.end("deadline")
     with pytest.raises(TimeoutError):
         await limited.score("why?", [Path(("a",))])
+
+
+class Slow(ScriptedEngine):
+    """Another server's model, which takes its time to begin a job and to score."""
+
+    @asynccontextmanager
+    async def generate(self, job: Job) -> AsyncIterator[Stream]:
+        await anyio.sleep(3600)
+        async with super().generate(job) as stream:
+            yield stream
+
+    async def score(self, question: str, paths: Sequence[Path], role: Role = "reward") -> list[Score]:
+        await anyio.sleep(3600)
+        return await super().score(question, paths, role)
+
+
+async def test_the_deadline_ends_the_wait_for_a_job_and_for_a_score() -> None:
+    """A helper that hangs must not take the answer along that is there already."""
+    engine = Slow(["a"], roles=("target", "reward"))
+    with anyio.fail_after(2), LimitedEngine(engine, None, 0.05) as limited:
+        assert await read(limited) == (0, "deadline")
+    with anyio.fail_after(2), LimitedEngine(engine, None, 0.05) as limited, pytest.raises(TimeoutError, match="dead"):
+        await limited.score("why?", [Path(("a",))])
+
+
+async def test_the_ceiling_lets_a_score_come_that_has_been_asked_for() -> None:
+    """It costs no tokens, and what was written before the ceiling is worth ranking."""
+    engine = ScriptedEngine(["a"], roles=("target", "reward"))
+    limited = LimitedEngine(engine, 10)
+    async with anyio.create_task_group() as group:
+        group.start_soon(limited.score, "why?", [Path(("a",))])
+        await checkpoint()
+        limited.end("ceiling")
+    assert len(engine.scored) == 1
+
+
+async def test_a_cancellation_while_a_job_begins_is_not_taken_for_the_deadline() -> None:
+    """Whoever cancelled gets what they asked for."""
+    limited = LimitedEngine(Slow(["a"]))
+    with anyio.fail_after(2), anyio.move_on_after(0.02) as scope:
+        await read(limited)
+    assert scope.cancelled_caught
 
 
 @pytest.mark.parametrize("name", ["majority", "short-m-at-k"])

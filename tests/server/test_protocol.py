@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -117,6 +118,20 @@ def test_what_would_change_the_answer_and_is_not_supported_is_refused(name: str)
         assert read({name: neutral}).model == "arith-small"
     error = refusal({name: 2 if name == "n" else {"type": "json_schema"}})
     assert (error.status, error.code, error.param) == (400, "unsupported_parameter", name)
+
+
+@pytest.mark.parametrize(
+    ("extra", "param"),
+    [
+        ({"stop": [0] * 500_000}, "stop.0"),
+        ({"strategy": {"name": "single", "steer": [{"vector": "v", "layers": [""] * 500_000}]}}, "strategy.steer.0.la"),
+    ],
+)
+def test_a_list_of_mistakes_is_told_in_the_time_of_one(extra: dict[str, Any], param: str) -> None:
+    """Complaining about all of them would take seconds, in which nobody else is served."""
+    started = monotonic()
+    assert str(refusal(extra).param).startswith(param)
+    assert monotonic() - started < 0.5
 
 
 def test_a_neutral_value_of_another_type_is_not_neutral() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import anyio
@@ -14,7 +16,9 @@ from thinkserve.server.app import create_app
 from thinkserve.server.settings import Settings
 from thinkserve.server.sse import EventWriter, Template, comment, data
 from thinkserve.server.testing import ScriptedBackend
-from thinkserve.strategies.engine import Delta
+from thinkserve.strategies import registry
+from thinkserve.strategies.engine import Answer, Delta, Emit, Engine, Task
+from thinkserve.strategies.errors import EngineFailed
 from thinkserve.strategies.scripted import ScriptedStream
 from thinkserve.strategies.testing import ScriptedEngine
 
@@ -24,8 +28,8 @@ pytestmark = pytest.mark.anyio
 class Client:
     """An ASGI client that leaves when told to, in the way of ASGI 2.4: the server only says so in `send`."""
 
-    def __init__(self, engine: ScriptedEngine, *, stream: bool) -> None:
-        self.app = create_app(Settings(served_name="m"), ScriptedBackend(engine))
+    def __init__(self, engine: ScriptedEngine, *, stream: bool, **settings: Any) -> None:
+        self.app = create_app(Settings(served_name="m", **settings), ScriptedBackend(engine))
         body = {"model": "m", "stream": stream, "messages": [{"role": "user", "content": "x"}]}
         self._body: list[Message] = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
         self.sent: list[Message] = []
@@ -77,6 +81,53 @@ async def test_a_send_that_fails_ends_the_request(after: int) -> None:
         await client.chat()
     assert engine.live == []
     assert len(client.sent) == after
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(TimeoutError(), b"deadline_exceeded"), (BrokenPipeError("a worker has gone"), b"internal_error")],
+)
+async def test_an_error_that_is_not_of_the_client_is_told_in_the_stream(
+    monkeypatch: pytest.MonkeyPatch, error: OSError, code: bytes
+) -> None:
+    """Though both are OSErrors, as what a server raises for a client that has gone."""
+
+    async def run(task: Task, engine: Engine, emit: Emit, options: Any) -> Answer:
+        raise error
+
+    failing = replace(registry.get("single"), run=run)
+    monkeypatch.setattr(registry, "get", lambda name: failing)
+    answer = await Client(ScriptedEngine([]), stream=True).chat()
+    assert code in answer
+    assert answer.endswith(b"data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_the_engine_said_is_for_the_log(stream: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """The client gets the request's id, under which the operator finds the reason."""
+    failed = EngineFailed("The remote guide does not accept our key (401).")
+    answer = await Client(ScriptedEngine(["t"], fail={0: (0, failed)}), stream=stream).chat()
+    (line,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+    assert str(failed) in line
+    assert str(failed).encode() not in answer
+    assert line.split()[1].encode() in answer
+
+
+async def test_a_client_that_does_not_take_the_keep_alive_is_given_up() -> None:
+    """The watch over a silent stream does not wait for its own comment."""
+
+    class Stalled(Client):
+        async def send(self, message: Message) -> None:
+            if message.get("body", b"").startswith(b": "):
+                await anyio.sleep_forever()
+            await super().send(message)
+
+    engine = ScriptedEngine(["t"], tick=3600)
+    client = Stalled(engine, stream=True, keep_alive_s=0.05)
+    client.app.state.server.send_timeout_s = 0.2
+    with anyio.fail_after(5):
+        await client.chat()
+    assert engine.live == []
 
 
 async def test_not_a_number_never_gets_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
-from thinkserve.server.errors import RoleDown, from_exception
+from thinkserve.server.errors import RoleDown, RoleFailed, from_exception
 from thinkserve.server.roles import Roles
 from thinkserve.server.testing import ScriptedBackend
 from thinkserve.strategies import registry
 from thinkserve.strategies.engine import Job, ModelInfo, Path, Role, Task, Tokens
-from thinkserve.strategies.errors import EngineDead, Unsupported
+from thinkserve.strategies.errors import EngineDead, EngineFailed, Unsupported
 from thinkserve.strategies.testing import SCRIPTED, ScriptedEngine
 
 pytestmark = pytest.mark.anyio
@@ -122,6 +122,29 @@ async def test_a_helper_that_goes_while_it_writes_is_the_loss_of_its_role() -> N
         await follow()
 
 
+@pytest.mark.parametrize("role", HELPERS)
+async def test_a_helper_that_gives_up_is_told_from_a_target_that_does(role: Role) -> None:
+    """502 with the role's code: nothing is wrong with this server's own engine, and the helper is still there."""
+    deployed = Deployed()
+    lame = model("lame", "abcdef", fail={0: (2, EngineFailed("half-way"))})
+    lame.scripted.score = _gives_up  # type: ignore[method-assign]
+    deployed.roles.add(role, lame)
+
+    with pytest.raises(RoleFailed, match="half-way") as caught:
+        await (deployed.roles.engine("req").score("q", []) if role == "reward" else written(deployed, role))
+
+    told = from_exception(caught.value, "req")
+    assert (502, "api_error") == (told.status, told.type)
+    with pytest.raises(EngineFailed) as other:
+        async with deployed.roles.engine("req").generate(Job((5,), 50, role="guide")):
+            raise EngineFailed("the target's")
+    assert not isinstance(other.value, RoleFailed)
+
+
+async def _gives_up(question: str, paths: Sequence[Path], role: Role = "reward") -> NoReturn:
+    raise EngineFailed("half-way")
+
+
 async def test_the_end_of_the_target_inside_a_helpers_block_stays_the_targets() -> None:
     """A strategy that reads both must not blame the one that is well."""
     deployed = Deployed()
@@ -216,6 +239,24 @@ def test_readiness_tells_of_every_role(serve: Callable[..., Any], until: Callabl
     deployed.target.alive = False
     until(lambda: server.exit is not None)
     assert 1 == server.join()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_lost_reward_model_is_told_before_anything_is_written(serve: Callable[..., Any], stream: bool) -> None:
+    """With a status, in a stream too; chains that nobody can rank are not begun."""
+    deployed = Deployed()
+    server = serve(deployed.target.scripted, _Closing(deployed.roles))
+    deployed.prm.alive = False
+
+    answer = server.client.post(
+        "/v1/chat/completions",
+        json={"model": "m", "stream": stream, "strategy": "best-of-n", "messages": [{"role": "user", "content": "x"}]},
+    )
+
+    assert (503, "prm_unavailable") == (answer.status_code, answer.json()["error"]["code"])
+    assert [] == deployed.target.scripted.history
+    outcomes = [server.metric("requests_total", strategy="none", outcome=name) for name in ("error", "overload")]
+    assert [1, 0] == outcomes
 
 
 def test_facts_of_a_model_are_its_own() -> None:

@@ -191,6 +191,7 @@ def test_a_deadline_without_an_answer_is_told(serve: Serve, stream: bool) -> Non
         assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
         assert answer.headers["x-should-retry"] == "false"
     assert server.metric("requests_total", outcome="deadline", strategy="single") == 1
+    assert server.metric("requests_total", outcome="error", strategy="none") == 0
 
 
 def test_a_full_server_says_so_at_once(serve: Serve, until: Callable[..., float]) -> None:

@@ -44,6 +44,17 @@ def test_numbers_of_nodes_do_not_depend_on_who_is_faster() -> None:
     assert 7 == len(tree({}))
 
 
+def test_no_two_nodes_have_one_number() -> None:
+    """Neither in subtrees nor where a solution is written to its end after them."""
+    steps = {"": ("a\n\n", "b\n\n"), "a\n\n": ("c\n\n",), "b\n\n": ("d\n\n",)}
+    world = World(lambda text: steps.get(text, ("e\n\n",)), lambda text: 0.5)
+
+    _, out = search("dvts", world, world.task(40), n=2, m=1)
+
+    numbers = [event["node"] for event in told(out, "node.created")]
+    assert len(set(numbers)) == len(numbers) > 5
+
+
 def test_m_divides_n() -> None:
     """Otherwise there is no whole number of subtrees."""
     with pytest.raises(ValidationError, match="divide"):

@@ -121,6 +121,15 @@ def test_without_a_reward_model_the_own_log_probabilities_weigh() -> None:
     assert "0 scorer passes" in answer.reason
 
 
+def test_without_a_reward_model_the_limit_of_passes_says_nothing() -> None:
+    """There are none: all particles move."""
+    world = World({"": ("1", "2", "2", "2")}, roles=("target",))
+
+    answer, _ = search("particle", world, n=4, select="majority", max_passes=1)
+
+    assert {"1": 1, "2": 3} == dict(answer.votes)
+
+
 def test_with_a_reward_model_odds_are_the_default() -> None:
     """The rewarded answer, not the surer one."""
     world = World({"": ("a" * 9, "f" * 9)}, lambda text: 0.9 if "a" in text else 0.1)

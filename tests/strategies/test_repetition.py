@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from thinkserve.strategies.engine import Task
+from thinkserve.strategies.registry import get
 from thinkserve.strategies.repetition import GuardOptions, Repetition, RepetitionGuard, detector
 from thinkserve.strategies.single import stream_chain
 from thinkserve.strategies.testing import SCRIPTED, Recorder, ScriptedEngine
@@ -95,6 +96,17 @@ def play_guarded(script: str, task: Task, burst: int = 1, **options: object) -> 
     assert answer.tokens == out.tokens
     assert [] == engine.live
     return engine.decode(answer.tokens), out, engine
+
+
+def test_a_chain_in_segments_is_left_alone_once_it_answers() -> None:
+    """The tag that ends one segment ends the watch, so that a loop in the next, the answer, is nobody's business."""
+    engine, out = ScriptedEngine(["so it is 7.</think>" + "a line of its own\n" * 8]), Recorder()
+    task = task_for()
+    guard, entry = RepetitionGuard(engine, task, out, GuardOptions()), get("budget-guidance")
+    answer = anyio.run(entry.run, task, guard, out, entry.options.model_validate({"budget": 400}))
+
+    assert 1 == answer.tokens.count(SCRIPTED.think_close[0])
+    assert engine.decode(answer.tokens).endswith("7." + "a line of its own\n" * 8)
 
 
 def task_for(max_tokens: int = 500, text: str = PROMPT) -> Task:

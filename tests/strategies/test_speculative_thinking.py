@@ -111,7 +111,7 @@ async def test_the_guide_writes_where_the_target_turns_reflective() -> None:
 
 
 async def test_a_statement_stays_the_targets_and_is_not_written_twice() -> None:
-    """The peek is kept; the guide's draft is aborted as soon as the peek is known, or never begun."""
+    """The peek is kept, and the guide is never asked: it would write for nothing."""
     target = "one two three.\n\nfour five six seven.</think>8"
     text, out, _, engine = await think(target, "?" * 99, n1=6)
     later, _, _, patient = await think(target, "?" * 99, n1=6, concurrent=False)
@@ -119,7 +119,27 @@ async def test_a_statement_stays_the_targets_and_is_not_written_twice() -> None:
     assert target.replace("</think>", "") == text == later
     assert [] == takeovers(out)
     assert len(target) - len("</think>") + 2 == sum(s.generated for s in engine.history if s.job.role == "target")
-    assert [] == [stream for stream in patient.history if stream.job.role == "guide"]
+    assert [] == [s for each in (engine, patient) for s in each.history if s.job.role == "guide"]
+
+
+async def test_the_draft_begins_with_the_first_word_that_calls_for_it() -> None:
+    """Beside the rest of the peek; one after the other if that is asked for, with the same result."""
+    known = ScriptedEngine([""])
+    texts = {"target": known.encode("a\n\nso, wait" + "." * 20), "guide": known.encode("a\n\n1234567890")}
+    beside: dict[bool, list[tuple[int, str]]] = {True: [], False: []}
+
+    async def go(concurrent: bool) -> str:
+        def script(job: Job, _: int) -> tuple[int, ...]:
+            if job.role == "guide":
+                beside[concurrent] += [(each.generated, each.job.role) for each in engine.live]
+            return texts[job.role][len(job.prompt) - len(known.encode(PROMPT)) :]
+
+        engine = ScriptedEngine(script, roles=BOTH)
+        answer, _ = await play("speculative-thinking", engine, task_for(engine, 13), n1=10, concurrent=concurrent)
+        return engine.decode(answer.tokens)
+
+    assert await go(True) == await go(False) == "a\n\n1234567890"
+    assert {True: [(len("so, wait"), "target")], False: []} == beside
 
 
 async def test_a_peek_may_be_thrown_away_as_the_authors_do() -> None:
@@ -350,10 +370,10 @@ async def test_word_lists_come_plain_or_by_language() -> None:
 
 @pytest.mark.parametrize(
     ("context", "expected"),
-    [(32768, (20, 125, 125, 15, 100)), (8192, (20, 125, 125, 15, 100)), (4096, (10, 62, 62, 8, 50))],
+    [(32768, (20, 125, 125, 15, 100)), (8192, (20, 125, 125, 15, 100)), (4096, (20, 125, 125, 8, 100))],
 )
-def test_lengths_follow_the_context(context: int, expected: tuple[int, ...]) -> None:
-    """The published numbers from 8192 tokens on, below that their share; what is given holds."""
+def test_numbers_left_out_are_the_published_ones(context: int, expected: tuple[int, ...]) -> None:
+    """A sentence is no shorter in a small context; only what counts over a chain has its share. What is given holds."""
     lengths = lengths_of(SpeculativeOptions(), context)
     assert expected == (lengths.n1, lengths.n2, lengths.n3, lengths.threshold, lengths.begin)
     assert (7, 15) == (

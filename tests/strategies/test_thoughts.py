@@ -65,6 +65,9 @@ def test_the_end_of_a_thought_is_shown_in_one_line() -> None:
         ("Bob ball. So the answer is ball.", "ball"),
         (r"Hence \boxed{\frac12} of 7.", r"\frac12"),
         ("Therefore the answer is (C).", "C"),
+        ("so", "so"),
+        ("", ""),
+        (" ", ""),
     ],
 )
 def test_the_result_is_the_answer_or_the_last_word(excerpt: str, stated: str) -> None:

@@ -320,3 +320,21 @@ async def test_the_last_tokens_are_spent_as_far_as_they_go() -> None:
     assert ["a", "b", "c"] == texts(steps)
     assert (3, "tokens") == (tree.spent.tokens, tree.over)
     assert [] == await tree.expand({steps[0]: 4})
+
+
+@pytest.mark.parametrize(
+    ("name", "fails", "options"),
+    [("a-star", 2, {"k": 2, "max_expansions": 2}), ("mcts", 6, {"width": 2, "simulations": 2})],
+)
+def test_a_step_behind_which_nothing_could_be_written_is_not_given_up(
+    name: str, fails: int, options: dict[str, Any]
+) -> None:
+    """It is the best of what is there, though the proposals behind it fail: it is written to the end."""
+    failing = dict.fromkeys(range(2, 2 + fails), (0, EngineFailed("lost")))
+    steps = {"": ("a\n\n", "b\n\n"), "a\n\n": ("end",), "b\n\n": ("b\n\n",)}
+    world = World(steps, lambda text: 0.9 if text.startswith("a") else 0.1, fail=failing)
+
+    answer, _ = search(name, world, **options)
+
+    assert "a\n\nend" == text_of(world, answer)
+    assert ("a proposal failed: lost",) == answer.warnings
