@@ -16,7 +16,7 @@ from thinkserve.server.errors import ApiError, clean
 from thinkserve.server.modifier_types import ModifierCard
 from thinkserve.server.plan import Backend
 from thinkserve.server.settings import Preset, Settings
-from thinkserve.server.translate import Serving, missing_roles, served_name
+from thinkserve.server.translate import Serving, check_chains, check_over, check_roles, missing_roles, served_name
 from thinkserve.server.validation import nearest
 from thinkserve.server.wire_types import ModelCard, ModelList, ReasoningCard, StrategyCard, StrategyList
 from thinkserve.strategies import registry
@@ -41,10 +41,13 @@ def models(serving: Serving, created: int) -> ModelList:
 def runs(serving: Serving, preset: str) -> bool:
     """Whether a request for the preset would not be refused for what this server has and allows."""
     choice, backend = preset_choice(preset, serving.settings, "model"), serving.backend
-    needed: list[Strategy | Modifier] = [choice.strategy, *(layer.modifier for layer in choice.over)]
-    steers = "steering" in choice.strategy.needs
-    lacking = any(missing_roles(each, backend) for each in needed) or (steers and backend.vectors is None)
-    return not lacking and choice.options.chains() <= serving.settings.max_chains
+    try:
+        check_roles(choice.strategy, backend)
+        check_over(choice, backend)
+        check_chains(choice, serving.settings)
+    except ApiError:
+        return False
+    return _steers(choice.strategy, backend)
 
 
 def model(serving: Serving, created: int, name: str) -> ModelCard:
@@ -127,7 +130,7 @@ def unavailable(entry: Strategy, backend: Backend) -> str | None:
         return f"no model is configured for: {', '.join(missing)}"
     if gone := [role for role in entry.roles if not backend.roles[role].alive]:
         return f"not available at the moment: {', '.join(gone)}"
-    return "the engine does not steer" if "steering" in entry.needs and backend.vectors is None else None
+    return None if _steers(entry, backend) else "the engine does not steer"
 
 
 def params_schema(entry: Strategy | Modifier) -> dict[str, Any]:
@@ -180,6 +183,10 @@ def _reasoning(backend: Backend) -> ReasoningCard | None:
         return None
     budgets = {str(effort): tokens for effort, tokens in ladder(backend.info).items()}
     return {"efforts": list(budgets), "budgets": budgets, "default_effort": None, "max_budget": backend.info.context}
+
+
+def _steers(entry: Strategy, backend: Backend) -> bool:
+    return "steering" not in entry.needs or backend.vectors is not None
 
 
 def _means(preset: Preset, entry: Strategy) -> bool:

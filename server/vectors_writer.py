@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 
-import anyio
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from thinkserve.server import logs
@@ -22,7 +21,8 @@ from thinkserve.steering.vector_file import VectorFile
 from thinkserve.steering.writer import Vectors, Written, split
 from thinkserve.strategies.controls import Steer
 from thinkserve.strategies.engine import Job, Sampling, Tokens, chain_seed
-from thinkserve.strategies.errors import leading
+from thinkserve.strategies.streams import whole
+from thinkserve.strategies.together import together
 
 TRIAL = "trial"
 
@@ -70,19 +70,11 @@ class EngineWriter:
 
 
 async def _run(engine: VllmEngine, jobs: Sequence[Job]) -> list[Tokens]:
-    found: dict[int, Tokens] = {}
-
-    async def one(index: int, job: Job) -> None:
+    async def one(job: Job) -> Tokens:
         async with engine.generate(job) as stream:
-            found[index] = tuple([token async for delta in stream for token in delta.tokens])
+            return (await whole(stream)).tokens
 
-    try:
-        async with anyio.create_task_group() as group:
-            for index, job in enumerate(jobs):
-                group.start_soon(one, index, job)
-    except BaseExceptionGroup as errors:
-        raise leading(errors) from None
-    return [found[index] for index in range(len(jobs))]
+    return await together(one, jobs)
 
 
 def _vector(vectors: Vectors) -> SteeringVector:

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from itertools import count
 from math import nan
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import anyio
 from vllm.pooling_params import PoolingParams
 
 from thinkserve.server.reward_formats import Format, Reading
 from thinkserve.server.vllm_served import Served
 from thinkserve.server.vllm_stream import Submitted
 from thinkserve.strategies.engine import Chain, Detokenizer, Job, ModelInfo, Path, Role, Score, Stream, Tokens
-from thinkserve.strategies.errors import EngineDead, EngineFailed, TooLong, Unsupported, leading
+from thinkserve.strategies.errors import EngineDead, EngineFailed, TooLong, Unsupported
+from thinkserve.strategies.together import together
 
 if TYPE_CHECKING:
     from thinkserve.server.vllm_render import Renderer
@@ -128,18 +129,7 @@ class RewardEngine:
             prompt = await self._prompt(question)
         except TooLong:
             return [Score((nan,) * (len(path.steps) - path.known)) for path in paths]
-        found = dict[int, Score]()
-
-        async def read(index: int, path: Path) -> None:
-            found[index] = await self._score(prompt, path)
-
-        try:
-            async with anyio.create_task_group() as group:
-                for index, path in enumerate(paths):
-                    group.start_soon(read, index, path)
-        except BaseExceptionGroup as errors:
-            raise leading(errors) from errors
-        return [found[index] for index in range(len(paths))]
+        return await together(partial(self._score, prompt), paths)
 
     async def _prompt(self, question: str) -> Tokens:
         form = self._backend.format

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from anyio import CancelScope, create_task_group
+from anyio import CancelScope
 from anyio.lowlevel import checkpoint
 
 from thinkserve.strategies.confidence import Mean
 from thinkserve.strategies.engine import Delta, Emit, Engine, Event, Finish, Job, Task
-from thinkserve.strategies.errors import EngineDead, EngineFailed, leading
+from thinkserve.strategies.errors import EngineDead, EngineFailed
 from thinkserve.strategies.pieces import Transcript
+from thinkserve.strategies.together import together
 
 PROGRESS_TOKENS = 32
 
@@ -105,12 +106,7 @@ class Race:
         `on_finish` sees a chain once, when it is done thinking; `on_token` sees it at every delta before that. Raises
         EngineDead, and EngineFailed when no chain is left; one failed chain of several is a warning.
         """
-        try:
-            async with create_task_group() as group:
-                for lane in self.lanes:
-                    group.start_soon(self._follow, lane, on_finish, on_token)
-        except BaseExceptionGroup as errors:
-            raise leading(errors) from errors
+        await together(lambda lane: self._follow(lane, on_finish, on_token), self.lanes)
         failed = [lane.error for lane in self.lanes if lane.error is not None]
         if failed and not self.left():
             raise failed[0]

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from anyio import create_task_group
 from pydantic import Field, ValidationInfo, field_validator
 
 from thinkserve.strategies.engine import Answer, Emit, Engine, Task
-from thinkserve.strategies.errors import leading
 from thinkserve.strategies.registry import strategy
 from thinkserve.strategies.rewards import RewardOptions
+from thinkserve.strategies.together import together
 from thinkserve.strategies.tree import Tree
 from thinkserve.strategies.tree_budget import TreeOptions, limits
 from thinkserve.strategies.tree_choice import SELECT, Select, conclude
@@ -51,12 +50,7 @@ async def run(task: Task, engine: Engine, emit: Emit, options: DvtsOptions) -> A
     first = slots(await tree.expand({await tree.start(): options.n}))
     subtrees = [Subtree(first[at : at + options.m], options.m) for at in range(0, len(first), options.m)]
     branches = tree.branches(len(subtrees))
-    try:
-        async with create_task_group() as group:
-            for subtree, branch in zip(subtrees, branches, strict=True):
-                group.start_soon(subtree.grow, branch)
-    except BaseExceptionGroup as errors:
-        raise leading(errors) from errors
+    await together(lambda pair: pair[0].grow(pair[1]), zip(subtrees, branches, strict=True))
     for branch in branches:
         tree.join(branch)
     leaves = [node for subtree in subtrees for node in subtree.last if node.terminal]

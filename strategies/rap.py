@@ -20,14 +20,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import exp, isnan, log, sqrt
 
-from anyio import create_task_group
 from pydantic import Field
 
 from thinkserve.strategies.engine import Answer, Emit, Engine, Event, Task
-from thinkserve.strategies.errors import EngineDead, EngineFailed, TooLong, leading
+from thinkserve.strategies.errors import EngineDead, EngineFailed, TooLong
 from thinkserve.strategies.registry import strategy
 from thinkserve.strategies.rewards import mean
 from thinkserve.strategies.text import answer_of, final_number
+from thinkserve.strategies.together import together
 from thinkserve.strategies.tree import Tree
 from thinkserve.strategies.tree_budget import TreeOptions, limits
 from thinkserve.strategies.tree_choice import Select, conclude
@@ -124,20 +124,9 @@ class Plan:
         return self.actions[node]
 
     async def _useful(self, steps: Sequence[Node]) -> Mapping[Node, float]:
-        said: dict[Node, float] = {}
         if self._tree.ended is not None:
-            return said
-
-        async def ask(step: Node) -> None:
-            said[step] = await self._ask(step)
-
-        try:
-            async with create_task_group() as group:
-                for step in steps:
-                    group.start_soon(ask, step)
-        except BaseExceptionGroup as errors:
-            raise leading(errors) from errors
-        return said
+            return {}
+        return dict(zip(steps, await together(self._ask, steps), strict=True))
 
     async def _ask(self, step: Node) -> float:
         tree, work = self._tree, "".join(step.path[: -len(step.steps) or None])

@@ -15,13 +15,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import count
 
-from anyio import create_task_group
-
 from thinkserve.strategies.engine import Answer, Delta, Emit, Engine, Event, Finish, Path, StoppedBy, Task, chain_seed
-from thinkserve.strategies.errors import leading
 from thinkserve.strategies.pieces import Transcript
 from thinkserve.strategies.rewards import Aggregate, aggregated, cleaned, solution_steps
 from thinkserve.strategies.single import STOPPED_BY
+from thinkserve.strategies.together import together
 from thinkserve.strategies.tree_budget import Limits, Spent, answer_room
 from thinkserve.strategies.tree_node import Node
 from thinkserve.strategies.tree_write import Allowance, Draft, Writer
@@ -193,14 +191,14 @@ class Tree:
 
     async def _write(self, drafts: Sequence[Draft], total: int, room: int | None = None) -> None:
         paths = {draft.parent: draft.parent.tokens for draft in drafts}
+
+        async def write(draft: Draft) -> None:
+            last = room is not None or draft.parent.depth + 1 >= self.limits.depth
+            allowance = Allowance(None if last else self.limits.step, total, room)
+            await self._writer.write(draft, paths[draft.parent], allowance)
+
         try:
-            async with create_task_group() as group:
-                for draft in drafts:
-                    last = room is not None or draft.parent.depth + 1 >= self.limits.depth
-                    allowance = Allowance(None if last else self.limits.step, total, room)
-                    group.start_soon(self._writer.write, draft, paths[draft.parent], allowance)
-        except BaseExceptionGroup as errors:
-            raise leading(errors) from errors
+            await together(write, drafts)
         finally:
             self.spent.tokens += sum(draft.generated for draft in drafts)
 

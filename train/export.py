@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
-from transformers import GenerationConfig, Qwen3ForCausalLM
+from transformers import GenerationConfig, PreTrainedModel, Qwen3ForCausalLM
 
 from thinkserve.train.model import Model, Shape, hf_config
 from thinkserve.train.tokenizer import save_tokenizer, special
@@ -27,14 +28,21 @@ def to_hf(weights: dict[str, torch.Tensor], shape: Shape, tokenizer: Tokenizer) 
 
 def export(weights: dict[str, torch.Tensor], shape: Shape, tokenizer: Tokenizer, folder: Path) -> None:
     """Write weights (bf16), configuration and tokenizer; the folder appears complete or not at all."""
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    model = to_hf(weights, shape, tokenizer).to(torch.bfloat16)
+    model = to_hf(weights, shape, tokenizer)
     eos, pad = model.config.eos_token_id, model.config.pad_token_id
     model.generation_config = GenerationConfig(do_sample=True, temperature=0.7, eos_token_id=eos, pad_token_id=pad)
-    model.save_pretrained(part)
+    publish(model, tokenizer, folder)
+
+
+def publish(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, more: Mapping[str, str] = {}) -> None:
+    """Write a model in bf16, its tokenizer and `more` files (name -> text); card and evaluation stay."""
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    model.to(torch.bfloat16).save_pretrained(part)
     save_tokenizer(tokenizer, part)
     (part / "model.safetensors").chmod(0o644)
+    for name, text in more.items():
+        (part / name).write_text(text, encoding="utf-8")
     keep(folder, part, ("README.md", "evaluation.json"))
     shutil.rmtree(folder, ignore_errors=True)
     part.replace(folder)
@@ -62,3 +70,9 @@ def log_summary(log: Path) -> dict[str, Any]:
     lines = log.read_text(encoding="utf-8").splitlines()
     summary: dict[str, Any] = json.loads(lines[-1])
     return summary
+
+
+def known_training(folder: Path) -> dict[str, Any]:
+    """How an exported model was trained, from its evaluation."""
+    training: dict[str, Any] = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["training"]
+    return training

@@ -22,7 +22,7 @@ from thinkserve.train import prm_make
 from thinkserve.train.card import hardware, write_card
 from thinkserve.train.data import Curriculum, draw_document, spans_of
 from thinkserve.train.evaluate import Evaluation
-from thinkserve.train.export import export, load, log_summary
+from thinkserve.train.export import export, known_training, load, log_summary
 from thinkserve.train.loop import Recipe, Run
 from thinkserve.train.model import SHAPES, default_device
 from thinkserve.train.tokenizer import train_tokenizer
@@ -94,12 +94,6 @@ def train(size: str, options: argparse.Namespace, target: Path) -> dict[str, Any
     run.train()
     export(run.model.state_dict(), SHAPES[size], tokenizer, target)
     return log_summary(run.folder / "log.jsonl") | {"hardware": hardware(), "before": before}
-
-
-def known_training(folder: Path) -> dict[str, Any]:
-    """How an exported model was trained, from its evaluation."""
-    training: dict[str, Any] = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["training"]
-    return training
 
 
 def main() -> None:

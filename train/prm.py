@@ -6,24 +6,22 @@ It reads what the family writes, and its reward for a step is the probability of
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import Qwen3ForTokenClassification
 
 from thinkserve.train.data import Batcher
-from thinkserve.train.export import keep
+from thinkserve.train.export import publish
 from thinkserve.train.loop import Recipe, Run
 from thinkserve.train.model import SHAPES, Learner, Model, Shape, hf_config
 from thinkserve.train.prm_chains import Chain
 from thinkserve.train.prm_data import StepBatcher
-from thinkserve.train.tokenizer import save_tokenizer, special
+from thinkserve.train.tokenizer import special
 
 LABELS = ("wrong", "right")
 MORE = 2  # layers on top of the trunk
@@ -80,15 +78,7 @@ def to_hf(weights: dict[str, Tensor], shape: Shape, tokenizer: Tokenizer) -> Qwe
 
 def export(weights: dict[str, Tensor], shape: Shape, tokenizer: Tokenizer, folder: Path) -> None:
     """Write weights (bf16), configuration, tokenizer and format; the folder appears complete or not at all."""
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    to_hf(weights, shape, tokenizer).to(torch.bfloat16).save_pretrained(part)
-    save_tokenizer(tokenizer, part)
-    (part / "model.safetensors").chmod(0o644)
-    (part / "reward.json").write_text(json.dumps(FORMAT) + "\n", encoding="utf-8")
-    keep(folder, part, ("README.md", "evaluation.json"))
-    shutil.rmtree(folder, ignore_errors=True)
-    part.replace(folder)
+    publish(to_hf(weights, shape, tokenizer), tokenizer, folder, {"reward.json": json.dumps(FORMAT) + "\n"})
 
 
 def load_reward(folder: Path, shape: Shape) -> tuple[RewardModel, Tokenizer]:

@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer
 
 from thinkserve.train.card import hardware
-from thinkserve.train.export import log_summary
+from thinkserve.train.export import known_training, log_summary
 from thinkserve.train.loop import Recipe
 from thinkserve.train.model import SHAPES
 from thinkserve.train.prm import SHAPE, RewardRun, export, load_reward
@@ -39,7 +39,7 @@ def make(options: argparse.Namespace, family: Path) -> None:
     if options.device == "cpu":
         torch.set_num_threads(1)
     target = options.models / SHAPE.name
-    training = _known(target) if options.evaluate else train(options, family, target)
+    training = known_training(target) if options.evaluate else train(options, family, target)
     if options.problems == 0:
         return
     model, tokenizer = load_reward(target, SHAPE)
@@ -98,8 +98,3 @@ def chains_of(author: Path, tasks: list[Task], folder: Path, temperature: float,
     if len(read_chains(file)) < len(tasks):
         in_own_process(author, tasks, file, temperature, seed)
     return read_chains(file)
-
-
-def _known(folder: Path) -> dict[str, Any]:
-    training: dict[str, Any] = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["training"]
-    return training
