@@ -7,7 +7,7 @@ journal, so a run that was interrupted goes on where it stopped.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -23,6 +23,7 @@ from bench import stats
 from bench.harness import ROOT, Journal, at_once, keep, machine, table, versions
 from bench.stats import Interval
 from bench.tasks import Problem, correct
+from thinkserve.server.plan import Backend
 from thinkserve.server.settings import Settings
 
 # Header and rows.
@@ -91,8 +92,10 @@ class Measured:
 
 
 @asynccontextmanager
-async def served(**settings: Any) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of a server with these settings, started and stopped here."""
+async def served(
+    around: Callable[[Backend], Backend] | None = None, **settings: Any
+) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of a server with these settings, started and stopped here; `around` may wrap its models."""
     from thinkserve.server.app import create_app
     from thinkserve.server.deployment import plan_models
     from thinkserve.server.roles import create
@@ -101,7 +104,7 @@ async def served(**settings: Any) -> AsyncIterator[httpx.AsyncClient]:
     known = Settings(**settings, served_name=NAME, request_timeout_s=TIMEOUT_S, max_inflight=4096)
     backend = await create(known, plan_models(known, is_cpu_build()))
     try:
-        transport = httpx.ASGITransport(create_app(known, backend))
+        transport = httpx.ASGITransport(create_app(known, around(backend) if around else backend))
         async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=TIMEOUT_S) as client:
             yield client
     finally:

@@ -5,7 +5,8 @@
     PYTHONSAFEPATH=1 .venv/bin/python bench/search.py --method a-star --method best-of-n --chains 8
 
 Run as a file. A budget is a number of chains' worth: methods that fix their number of solutions get that number, A*,
-which does not, gets as many tokens as so many plain chains take on average (measured first). Rows are resumable.
+which does not, gets as many tokens as so many plain chains take on average (measured first). Methods that choose among
+whole chains choose among the same ones, which are written once (`recorded.py`). Rows are resumable.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import anyio
+import httpx
 import typer
 
 if __name__ == "__main__":
@@ -27,14 +29,14 @@ from bench import stats
 from bench.chart import Series, chart
 from bench.harness import ROOT, Journal
 from bench.inprocess import TARGETS, Asked, Measured, Row, Run, measure, served, verdict
+from bench.recorded import recorded
 from bench.tasks import Problem, load
 
 BUDGETS = (4, 8, 16, 32)
 # How each method is told its number of chains; A*, whose cost is its own, gets a ceiling of tokens instead.
-METHODS: Mapping[str, str] = {
-    "majority": "k", "best-of-n": "k", "weighted-vote": "k", "beam": "n", "dvts": "n", "rebase": "width",
-    "particle": "n", "a-star": "",
-}  # fmt: skip
+CHOOSERS: Mapping[str, str] = {"best-of-n": "k", "weighted-vote": "k", "majority": "k"}
+SEARCHES: Mapping[str, str] = {"a-star": "", "rebase": "width", "particle": "n", "beam": "n", "dvts": "n"}
+METHODS: Mapping[str, str] = {**CHOOSERS, **SEARCHES}
 # The milestone's target: best-of-8's accuracy with this share of its tokens, and with fewer scorer passes.
 MOST_TOKENS = 1 / 3
 HEADER = ("method", "chains", "accuracy", "tokens", "scorer passes", "scorer tokens", "from cache", "wall s")
@@ -57,16 +59,24 @@ async def bench(
     asked: Asked,
     kept: Journal,
 ) -> list[Measured]:
-    """All rows, plain chains first."""
+    """All rows, plain chains first; of choosers the one with the most chains first, which hold those of the others."""
+    done: list[Measured] = []
+
+    async def add(client: httpx.AsyncClient, row: Row) -> None:
+        done.append(await measure(client, row, problems, asked, kept))
+        print(*cells(done[-1]), file=sys.stderr, flush=True)
+
     model, reward = models
+    async with served(recorded, model=model, reward=reward) as client:
+        await add(client, Row("single"))
+        for chains in sorted(budgets, reverse=True):
+            for method in filter(CHOOSERS.__contains__, methods):
+                await add(client, row_of(method, chains, 0.0))
     async with served(model=model, reward=reward) as client:
-        done = [await measure(client, Row("single"), problems, asked, kept)]
-        for chains in budgets:
-            for method in methods:
-                row = row_of(method, chains, done[0].mean("total"))
-                done.append(await measure(client, row, problems, asked, kept))
-                print(*cells(done[-1]), file=sys.stderr, flush=True)
-        return done
+        for chains in sorted(budgets):
+            for method in filter(SEARCHES.__contains__, methods):
+                await add(client, row_of(method, chains, done[0].mean("total")))
+    return done
 
 
 def cells(each: Measured) -> list[str]:
@@ -74,7 +84,8 @@ def cells(each: Measured) -> list[str]:
     method, _, chains = each.row.name.partition("@")
     numbers = [f"{each.mean(name):.0f}" for name in ("total", "prm_passes", "prm_tokens")]
     cached = f"{each.mean('cache_hit_ratio'):.2f}"
-    return [method, chains or "1", f"{each.accuracy:.3f}", *numbers, cached, f"{each.mean('wall_s'):.1f}"]
+    wall = "-" if method in CHOOSERS else f"{each.mean('wall_s'):.1f}"
+    return [method, chains or "1", f"{each.accuracy:.3f}", *numbers, cached, wall]
 
 
 def verdicts(done: Sequence[Measured]) -> list[list[str]]:

@@ -47,7 +47,7 @@ def load(flags: Mapping[str, Any], file: Path | None) -> Config:
         **{name: "--" + name.replace("_", "-") for name in flags},
     }
     try:
-        settings = Settings(**{**content, **environment, **flags})
+        settings = Settings(**_merged(_merged(content, environment), flags))
     except ValidationError as error:
         raise StartError(_complaint(error, origin)) from None
     return Config(settings, origin)
@@ -64,6 +64,16 @@ def redacted(config: Config) -> str:
         hidden = "# " if name in SECRETS else ""
         lines += [f"{hidden}{first}  # {config.origin.get(name, 'default')}", *rest]
     return "\n".join(lines) + "\n"
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """What lies above wins, entry by entry: a variable that sets one field of a model leaves the file's others."""
+    both = {
+        name: _merged(below[name], value)
+        for name, value in above.items()
+        if isinstance(value, Mapping) and isinstance(below.get(name), Mapping)
+    }
+    return {**below, **above, **both}
 
 
 def _environment() -> dict[str, Any]:

@@ -187,6 +187,17 @@ def test_sources_override_each_other_in_order(tmp_path: Path, monkeypatch: pytes
     assert {"port": "--port", "host": "THINKSERVE_HOST", "served_name": str(file)} == found.origin
 
 
+def test_a_variable_below_a_setting_leaves_the_file_s_other_entries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One field of one remote model from the environment, the rest of the block from the file."""
+    file = tmp_path / "config.yaml"
+    file.write_text("remote:\n  guide: {retries: 7, model: big}\n  verifier: {retries: 3}\n")
+    monkeypatch.setenv("THINKSERVE_REMOTE__GUIDE__RETRIES", "1")
+    remote = config.load({}, file).settings.remote
+    assert (1, "big", 3) == (remote["guide"].retries, remote["guide"].model, remote["verifier"].retries)
+
+
 def test_the_effective_configuration_can_be_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`config show` is a YAML file that gives the same settings; the secret is starred out of it."""
     monkeypatch.setenv("THINKSERVE_API_KEYS", "top-secret")
