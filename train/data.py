@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
+from thinkserve.train.model import IGNORE
 from thinkserve.train.side_tasks import (
     Document,
     continued,
@@ -25,30 +26,34 @@ from thinkserve.train.side_tasks import (
 from thinkserve.train.tasks import KINDS, Level, Problem, generate
 
 Maker = Callable[[Problem, random.Random], Document]
-IGNORE = -100
 POOL = 16  # batches that are sorted together
 
-# Share of documents per task; side tasks are short, so their share of tokens is smaller.
+# Share of documents per task, after bare practice: arithmetic takes a hundred thousand sums to learn, which a million
+# tokens of drills hold, and ten million of solutions.
 MIXTURE: tuple[tuple[Maker, float], ...] = (
-    (solve, 0.45),
-    (drill, 0.12),
-    (direct, 0.04),
+    (solve, 0.47),
+    (drill, 0.15),
+    (direct, 0.05),
     (exists, 0.04),
-    (same, 0.12),
+    (same, 0.09),
     (continued, 0.04),
-    (forced, 0.06),
-    (summary, 0.04),
-    (judge, 0.09),
+    (forced, 0.05),
+    (summary, 0.03),
+    (judge, 0.08),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Curriculum:
-    """Shares of easy, medium and hard problems, moving from `begin` to `end` in the first `ramp` of the training."""
+    """Shares of easy, medium and hard problems, moving from `begin` to `end` in the first `ramp` of the training.
+
+    The first `practice` of it is bare practice.
+    """
 
     begin: tuple[float, float, float] = (0.8, 0.2, 0.0)
     end: tuple[float, float, float] = (0.2, 0.6, 0.2)
-    ramp: float = 0.6
+    ramp: float = 0.4
+    practice: float = 0.15
 
     def draw(self, progress: float, rng: random.Random) -> Level:
         """A level at `progress` in [0, 1]."""
@@ -60,7 +65,8 @@ class Curriculum:
 
 def draw_document(rng: random.Random, progress: float, curriculum: Curriculum) -> Document:
     """One document of the mixture."""
-    maker = rng.choices([m for m, _ in MIXTURE], [w for _, w in MIXTURE])[0]
+    practice = progress < curriculum.practice
+    maker = drill if practice else rng.choices([m for m, _ in MIXTURE], [w for _, w in MIXTURE])[0]
     problem = generate(rng.choice(KINDS), curriculum.draw(progress, rng), rng, "train")
     return maker(problem, rng)
 

@@ -136,17 +136,17 @@ class Swaps:
         self._holds = dict(entry.split() for entry in problem.start)
         self._todo = [(a, b) for a, _, b, _ in problem.steps]
         self.length = len(self._todo)
-        self._asked = asked_person(problem)
+        self.asked = asked_person(problem)
 
     @property
     def value(self) -> str:
         """What the person asked about holds now."""
-        return self._holds[self._asked]
+        return self._holds[self.asked]
 
     @property
     def found(self) -> str:
         """The person asked about and what they hold: the last look-up, made visible."""
-        return f"{self._asked} {self.value}"
+        return f"{self.asked} {self.value}"
 
     @property
     def state(self) -> str:

@@ -17,6 +17,7 @@ from thinkserve.train.side_tasks import Document, exists, forced, judge, same
 from thinkserve.train.tasks import KINDS, Level, Problem, problems
 
 BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
+VERDICT = re.compile(r"(?:Yes|No)\b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,13 +111,13 @@ class Evaluation:
         return {"pass@1": rate([t.right for t in trials]), "mean_tokens": mean(trials)}
 
     def side(self, make: Callable[[Problem, random.Random], Document], level: Level, n: int) -> dict[str, float]:
-        """Share of exact replies to a side task (greedy)."""
+        """Share of right replies to a side task (greedy)."""
         rng = random.Random(self.seed)
         documents = [make(p, rng) for p in problems(level, n, self.seed + 2)]
         prompts = [self.full(d) for d in documents]
         written = self.sample(prompts, temperature=0.0, seed=self.seed, most=400)
         replies = [self.tokenizer.decode(tokens).strip() for tokens in written]
-        return rate([reply == d.answer for reply, d in zip(replies, documents, strict=True)])
+        return rate([counted(reply) == counted(d.answer) for reply, d in zip(replies, documents, strict=True)])
 
     def full(self, document: Document) -> list[int]:
         """Tokens up to the answer, the thinking included."""
@@ -133,6 +134,12 @@ class Evaluation:
             "brief_medium": self.brief("medium", n),
             "side_tasks": {name: self.side(make, "medium", n // 2) for name, make in sides.items()},
         }
+
+
+def counted(reply: str) -> str:
+    """What counts of a reply: all of it, or its Yes or No, the only word of one that verifiers read."""
+    verdict = VERDICT.match(reply)
+    return verdict[0] if verdict else reply
 
 
 def vote(trials: list[Trial]) -> bool:

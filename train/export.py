@@ -48,9 +48,24 @@ def publish(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, more: Ma
     part.replace(folder)
 
 
-def load(folder: Path, shape: Shape) -> tuple[Model, Tokenizer]:
+def shape_of(folder: Path) -> Shape:
+    """The shape of an exported model, named as its folder."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return Shape(
+        folder.name,
+        hidden=config["hidden_size"],
+        layers=config["num_hidden_layers"],
+        feed_forward=config["intermediate_size"],
+        heads=config["num_attention_heads"],
+        kv_heads=config["num_key_value_heads"],
+        head_dim=config["head_dim"],
+        vocabulary=config["vocab_size"],
+    )
+
+
+def load(folder: Path) -> tuple[Model, Tokenizer]:
     """An exported model, in float32, and its tokenizer."""
-    model = Model(shape)
+    model = Model(shape_of(folder))
     stored = load_file(folder / "model.safetensors")
     model.load_state_dict(
         {name.removeprefix("model."): w.float() for name, w in stored.items() if "lm_head" not in name}

@@ -1,7 +1,7 @@
 """Train the family, export it, evaluate it, write its cards; resumes after a stop.
 
-On a CPU the two models train at the same time, one core each; on a GPU one after the other. The reward model comes
-last: it begins as the large one and learns from what both write.
+The small model is trained first, on all cores; the large one begins as the small one at twice the width; the reward
+model begins as the large one and learns from what both write. On a CPU it trains beside the evaluation of the others.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import json
 import multiprocessing
 import random
 import shutil
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from tokenizers import Tokenizer
 
 from thinkserve.train import prm_make
@@ -29,15 +29,18 @@ from thinkserve.train.tokenizer import train_tokenizer
 from thinkserve.train.vllm_sample import VllmSampler
 
 SAMPLES = 8000
-MINUTES = {"small": 50.0, "large": 95.0}  # small stops while it still errs: that is its part in the family
-TIMES = {**MINUTES, "prm": prm_make.MINUTES}
+# The small one stops while it still errs: that is its part in the family. The large one begins with what it learned.
+RECIPES = {
+    "small": Recipe("small", minutes=60.0, tokens=10_000_000, batch=2048),
+    "large": Recipe("large", minutes=100.0, tokens=10_000_000, lr=4e-3),
+}
 
 
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m thinkserve.train", description=__doc__)
     parser.add_argument("--only", choices=[*sorted(SHAPES), "prm"], help="train one member of the family")
-    parser.add_argument("--minutes", type=float, help=f"training time per model (default: {TIMES})")
+    parser.add_argument("--minutes", type=float, help="training time per model, at most (default: by tokens)")
     parser.add_argument("--device", default=default_device())
     parser.add_argument("--runs", type=Path, default=Path("train/runs"), help="checkpoints and logs")
     parser.add_argument("--models", type=Path, default=Path("models"), help="where the exported models go")
@@ -65,59 +68,56 @@ def family_tokenizer(folder: Path, start: Path | None = None) -> Tokenizer:
 
 def recipe(size: str, options: argparse.Namespace) -> Recipe:
     """The recipe on a device: a GPU takes larger batches, trained models a smaller learning rate that soon falls."""
-    minutes = options.minutes or MINUTES[size]
-    given = Recipe(size, minutes, batch=32768, device="cuda") if options.device == "cuda" else Recipe(size, minutes)
-    start = options.start and options.start / SHAPES[size].name
-    return replace(given, start=start, lr=3e-3, decay=0.9) if start else given
+    given = replace(RECIPES[size], device=options.device, minutes=options.minutes or RECIPES[size].minutes)
+    if options.device == "cuda":
+        given = replace(given, batch=given.batch * 8, tokens=given.tokens * 4)
+    if options.start:
+        return replace(given, start=options.start / SHAPES[size].name, lr=3e-3, decay=0.9)
+    return replace(given, half=options.models / SHAPES["small"].name) if size == "large" else given
 
 
-def make(size: str, options: argparse.Namespace) -> None:
-    """Train, export and evaluate one model."""
-    if options.device == "cpu":
-        torch.set_num_threads(1)
-    shape, target = SHAPES[size], options.models / SHAPES[size].name
-    training = known_training(target) if options.evaluate else train(size, options, target)
-    if options.problems == 0:
-        return
-    model, tokenizer = load(target, shape)
+def train(size: str, options: argparse.Namespace) -> None:
+    """Train one model to the end of its recipe and export it."""
+    target = options.models / SHAPES[size].name
+    tokenizer = family_tokenizer(options.runs, options.start or (options.models if options.only == "large" else None))
+    run = Run(recipe(size, options), tokenizer, options.runs / size)
+    run.train()
+    export(run.model.state_dict(), run.shape, tokenizer, target)
+
+
+def summary(size: str, options: argparse.Namespace) -> dict[str, Any]:
+    """How a model was trained, and on what before."""
+    name = SHAPES[size].name
+    if options.evaluate:
+        return known_training(options.models / name)
+    before = known_training(options.start / name) if options.start else None
+    return log_summary(options.runs / size / "log.jsonl") | {"hardware": hardware(), "before": before}
+
+
+def evaluate(size: str, options: argparse.Namespace) -> None:
+    """Evaluate an exported model and write its card."""
+    training, target = summary(size, options), options.models / SHAPES[size].name
+    model, tokenizer = load(target)
     report = Evaluation(VllmSampler(target), tokenizer).report(options.problems)
     report["parameters"] = sum(p.numel() for p in model.parameters())
-    write_card(target, shape, training, report)
-    print(shape.name, json.dumps(report, indent=1))
+    write_card(target, model.shape, training, report)
+    print(target.name, json.dumps(report, indent=1))
 
 
-def train(size: str, options: argparse.Namespace, target: Path) -> dict[str, Any]:
-    """Train one model to the end of its recipe and export it; the summary of its log."""
-    tokenizer = family_tokenizer(options.runs, options.start)
-    run = Run(recipe(size, options), tokenizer, options.runs / size)
-    before = known_training(options.start / SHAPES[size].name) if options.start else None
-    run.train()
-    export(run.model.state_dict(), SHAPES[size], tokenizer, target)
-    return log_summary(run.folder / "log.jsonl") | {"hardware": hardware(), "before": before}
+def reward(options: argparse.Namespace) -> None:
+    """The reward model, trained and evaluated."""
+    prm_make.make(options, options.start if options.only and options.start else options.models)
 
 
 def main() -> None:
-    """Everything that was asked for."""
+    """Everything that was asked for; what can be done side by side is, each in a process of its own."""
     options = arguments()
-    if options.only != "prm":
-        make_models(options)
-    if options.only in (None, "prm"):
-        prm_make.make(options, options.start if options.only and options.start else options.models)
-
-
-def make_models(options: argparse.Namespace) -> None:
-    """The models that write: one of them, or both."""
-    if not options.evaluate:
-        family_tokenizer(options.runs, options.start)
-    sizes = [options.only] if options.only else sorted(SHAPES)
-    if options.device != "cpu" or len(sizes) == 1:
-        for size in sizes:
-            make(size, options)
-        return
-    processes = [multiprocessing.get_context("spawn").Process(target=make, args=(size, options)) for size in sizes]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    if any(process.exitcode for process in processes):
-        raise SystemExit(1)
+    sizes = [size for size in RECIPES if options.only in (None, size)]
+    for size in () if options.evaluate else sizes:
+        train(size, options)
+    workers, context = 1 if options.device == "cuda" else 2, multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1) as pool:
+        jobs = [pool.submit(reward, options)] if options.only in (None, "prm") else []
+        jobs += [pool.submit(evaluate, size, options) for size in reversed(sizes) if options.problems]
+        for job in jobs:
+            job.result()

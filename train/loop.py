@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,9 @@ import torch
 from tokenizers import Tokenizer
 
 from thinkserve.train.data import Batcher, Curriculum
-from thinkserve.train.export import load
-from thinkserve.train.model import SHAPES, Learner, Model, rotations
+from thinkserve.train.export import load, shape_of
+from thinkserve.train.grow import widened
+from thinkserve.train.model import SHAPES, Layer, Learner, Model, rotations
 from thinkserve.train.optim import optimizers
 
 
@@ -26,7 +28,8 @@ def fast_bf16(device: str) -> bool:
 class Recipe:
     """How to train one model; the run ends after `minutes` of training or `tokens`, whichever comes first.
 
-    `start` is the folder of an exported model whose weights are trained on; None: from scratch.
+    `start` is the folder of an exported model whose weights are trained on, `half` that of one half as wide that
+    is widened to begin with; None: from scratch.
     """
 
     size: str
@@ -40,6 +43,7 @@ class Recipe:
     seed: int = 1
     device: str = "cpu"
     start: Path | None = None
+    half: Path | None = None
     save_every_s: float = 120.0
 
 
@@ -50,8 +54,11 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(recipe.seed)
         self.recipe, self.folder = recipe, folder
-        self.shape = SHAPES[recipe.size]
+        self.shape = shape_of(recipe.start) if recipe.start else SHAPES[recipe.size]
         self.model = self.learner().to(recipe.device)
+        if recipe.device != "cpu" or shutil.which("g++"):
+            for layer in (module for module in self.model.modules() if isinstance(module, Layer)):
+                layer.compile(dynamic=True)
         self.optimizers = optimizers(self.model, recipe.lr)
         self.batcher = self.batches(tokenizer)
         self.angles = rotations(recipe.longest, self.shape.head_dim, recipe.device)
@@ -62,12 +69,16 @@ class Run:
 
     def learner(self) -> Learner:
         """What is trained, as it begins."""
-        return load(self.recipe.start, self.shape)[0] if self.recipe.start else Model(self.shape)
+        recipe = self.recipe
+        if recipe.start:
+            return load(recipe.start)[0]
+        return widened(load(recipe.half)[0], self.shape) if recipe.half else Model(self.shape)
 
     def batches(self, tokenizer: Tokenizer) -> Batcher:
         """What it learns from."""
         recipe = self.recipe
-        curriculum = Curriculum(begin=Curriculum().end) if recipe.start else Curriculum()
+        taught = Curriculum(begin=Curriculum().end, practice=0.0)
+        curriculum = taught if recipe.start or recipe.half else Curriculum()
         return Batcher(tokenizer, recipe.batch, recipe.longest, recipe.seed, curriculum)
 
     @property

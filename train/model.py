@@ -16,6 +16,7 @@ from transformers import Qwen3Config
 ROPE_THETA = 100_000.0
 NORM_EPS = 1e-6
 CONTEXT = 4096
+IGNORE = -100  # the label of a token that carries no loss
 
 
 def default_device() -> str:
@@ -39,7 +40,7 @@ class Shape:
 
 SHAPES = {
     "small": Shape("arith-small", hidden=128, layers=6, feed_forward=384, heads=4, kv_heads=2),
-    "large": Shape("arith-large", hidden=256, layers=6, feed_forward=704, heads=8, kv_heads=4),
+    "large": Shape("arith-large", hidden=256, layers=6, feed_forward=768, heads=8, kv_heads=4),
 }
 
 
@@ -104,7 +105,7 @@ class Learner(nn.Module):
     """What the training loop trains."""
 
     def loss(self, ids: Tensor, labels: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Mean cross-entropy in nats over the labels that are not -100; ids and labels are [batch, time]."""
+        """Mean cross-entropy in nats over the labels that are not IGNORE; ids and labels are [batch, time]."""
         return F.cross_entropy(self(ids, cos, sin).float().flatten(0, 1), labels.flatten())
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -16,16 +15,16 @@ from torch import Tensor, nn
 from transformers import Qwen3ForTokenClassification
 
 from thinkserve.train.data import Batcher
-from thinkserve.train.export import publish
+from thinkserve.train.export import publish, shape_of
 from thinkserve.train.loop import Recipe, Run
-from thinkserve.train.model import SHAPES, Learner, Model, Shape, hf_config
+from thinkserve.train.model import Learner, Model, Shape, hf_config
 from thinkserve.train.prm_chains import Chain
 from thinkserve.train.prm_data import StepBatcher
 from thinkserve.train.tokenizer import special
 
 LABELS = ("wrong", "right")
 MORE = 2  # layers on top of the trunk
-SHAPE = replace(SHAPES["large"], name="arith-prm", layers=SHAPES["large"].layers + MORE)
+NAME = "arith-prm"
 FORMAT = {"format": "thinkserve"}  # how a server must write a chain for this model: as the family does
 
 
@@ -81,8 +80,8 @@ def export(weights: dict[str, Tensor], shape: Shape, tokenizer: Tokenizer, folde
     publish(to_hf(weights, shape, tokenizer), tokenizer, folder, {"reward.json": json.dumps(FORMAT) + "\n"})
 
 
-def load_reward(folder: Path, shape: Shape) -> tuple[RewardModel, Tokenizer]:
+def load_reward(folder: Path) -> tuple[RewardModel, Tokenizer]:
     """An exported reward model, in float32, and its tokenizer."""
-    model = RewardModel(Model(shape))
+    model = RewardModel(Model(shape_of(folder)))
     model.load_state_dict({name: w.float() for name, w in load_file(folder / "model.safetensors").items()})
     return model.eval(), Tokenizer.from_file(str(folder / "tokenizer.json"))

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
-from thinkserve.train.data import IGNORE, Batcher
+from thinkserve.train.data import Batcher
+from thinkserve.train.model import IGNORE
 from thinkserve.train.prm_chains import Chain, prompt_of
 from thinkserve.train.side_tasks import BRIEF, boxed
 from thinkserve.train.step_labels import END, label_steps

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from thinkserve.train.data import IGNORE
 from thinkserve.train.evaluate import BOXED, Trial, rate, vote
-from thinkserve.train.model import rotations
+from thinkserve.train.model import IGNORE, rotations
 from thinkserve.train.prm import RewardModel
 from thinkserve.train.prm_chains import Chain
 from thinkserve.train.prm_data import encode_steps

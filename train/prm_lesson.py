@@ -183,7 +183,7 @@ class LessonRun(Run):
         """A trained trunk below fresh layers and heads."""
         rng = random.Random(self.recipe.seed)
         samples = [encode_steps(self.tokenizer, written(rng), self.recipe.longest)[0] for _ in range(SAMPLES)]
-        trunk = load(self.recipe.start, self.shape)[0] if self.recipe.start else Model(self.shape)
+        trunk = load(self.recipe.start)[0] if self.recipe.start else Model(self.shape)
         return Lesson(trunk, list(map(torch.tensor, samples)))
 
     def batches(self, tokenizer: Tokenizer) -> Batcher:

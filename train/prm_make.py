@@ -16,7 +16,7 @@ from thinkserve.train.card import hardware
 from thinkserve.train.export import known_training, log_summary
 from thinkserve.train.loop import Recipe
 from thinkserve.train.model import SHAPES
-from thinkserve.train.prm import SHAPE, RewardRun, export, load_reward
+from thinkserve.train.prm import NAME, RewardRun, export, load_reward
 from thinkserve.train.prm_card import write_card
 from thinkserve.train.prm_chains import Chain, Task, evaluation_tasks, in_own_process, read_chains, training_tasks
 from thinkserve.train.prm_eval import report, score
@@ -38,16 +38,16 @@ def make(options: argparse.Namespace, family: Path) -> None:
     """All of it, with the models in the folder `family`."""
     if options.device == "cpu":
         torch.set_num_threads(1)
-    target = options.models / SHAPE.name
+    target = options.models / NAME
     training = known_training(target) if options.evaluate else train(options, family, target)
     if options.problems == 0:
         return
-    model, tokenizer = load_reward(target, SHAPE)
+    model, tokenizer = load_reward(target)
     author = family / SHAPES["small"].name
     found = report(score(model, tokenizer, evaluation_chains(author, options)))
     found |= {"author": author.name, "parameters": sum(p.numel() for p in model.parameters())}
-    write_card(target, SHAPE, training, found)
-    print(SHAPE.name, json.dumps(found, indent=1))
+    write_card(target, model.model.shape, training, found)
+    print(NAME, json.dumps(found, indent=1))
 
 
 def train(options: argparse.Namespace, family: Path, target: Path) -> dict[str, Any]:
@@ -57,9 +57,10 @@ def train(options: argparse.Namespace, family: Path, target: Path) -> dict[str, 
     chains = training_chains(family, folder, options.chains)
     lesson = LessonRun(replace(on(LESSON, options), start=trunk), tokenizer, folder / "lesson", chains)
     lesson.train()
-    run = RewardRun(on(TRAINING, options), tokenizer, folder, chains, lesson.taught())
+    taught = lesson.taught()
+    run = RewardRun(on(TRAINING, options), tokenizer, folder, chains, taught)
     run.train()
-    export(run.model.state_dict(), SHAPE, tokenizer, target)
+    export(run.model.state_dict(), taught.model.shape, tokenizer, target)
     logs = [log_summary(part / "log.jsonl") | {"hardware": hardware()} for part in (folder / "lesson", folder)]
     own = f"{len(chains):,} chains of the family's own and " if chains else ""
     return logs[1] | {"before": logs[0], "data": f"{own}generated traces full of slips"}

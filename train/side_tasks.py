@@ -12,14 +12,16 @@ from dataclasses import dataclass
 
 from thinkserve.strategies.verifier import ASK_EXISTS, ASK_SAME
 from thinkserve.train.derivation import derive
-from thinkserve.train.tasks import LIMITS, OPERATIONS, Problem
+from thinkserve.train.tasks import OPERATIONS, Problem
 from thinkserve.train.traces import CAREFUL, DEFAULT, Span, Style, TraceWriter, write_trace
 
 ASK_SUMMARY = "Question: {question}\nWork so far:\n{work}\nSummarise the progress so far."
 ASK_CONTINUE = "{question}\n{summary}\nContinue from there."
 ASK_JUDGE = "Judge this solution step by step.\nQuestion: {question}\nSolution:\n{steps}"
 SUMMARY = "Progress: {done} of {total} steps are done. The current state is {state}."
-DRILL = "Work out: {sums}."
+DRILL = "Work out each of them."
+PRACTICE = (4, 14)  # sums in a document of bare practice
+SUMS = (99, 999, 999)  # their results are at most one of these
 BRIEF = ("Be brief.", "Think briefly.", "Keep your thinking short.", "Use as few words as possible.")
 DETAILED = ("Explain every step.", "Think step by step.", "Take your time.")
 
@@ -56,15 +58,21 @@ def solve(problem: Problem, rng: random.Random) -> Document:
 
 
 def direct(problem: Problem, rng: random.Random) -> Document:
-    """No thinking at all."""
+    """No thinking at all; of objects often only who has what, which is looking up and nothing else."""
+    if problem.kind == "swaps" and rng.random() < 0.7:
+        person, thing = rng.choice(problem.start).split()
+        begin = problem.question.partition(".")[0]
+        return Document(f"{begin}. What does {person} have?", None, boxed(thing))
     return Document(problem.question, None, boxed(problem.answer))
 
 
-def drill(problem: Problem, rng: random.Random) -> Document:
-    """Sums without a story: many results per token; the bare practice that arithmetic needs."""
-    sums = [_sum(LIMITS[problem.level], rng) for _ in range(rng.randint(6, 14))]
-    user = DRILL.format(sums=", ".join(text for text, _ in sums))
-    return Document(user, None, "\n\n".join(f"{text}={result}" for text, result in sums))
+def drill(_problem: Problem, rng: random.Random) -> Document:
+    """Sums without a story: many results per token, and only they are learned; the practice that arithmetic needs."""
+    spans: list[Span] = []
+    for index in range(rng.randint(*PRACTICE)):
+        text, result = _sum(rng.choice(SUMS), rng)
+        spans += [(("\n\n" if index else "") + f"{text}=", False), (str(result), True)]
+    return Document(DRILL, tuple(spans), "Done.")
 
 
 def _sum(limit: int, rng: random.Random) -> tuple[str, int]:
@@ -83,7 +91,7 @@ def conclusion(problem: Problem, rng: random.Random) -> tuple[str, str]:
     steps = "".join(text for text, _ in spans).split("\n\n")
     result = problem.answer if rng.random() < 0.6 else altered(problem, rng)
     ending = rng.choice(("So the answer is {}.", "So the answer is still {}.", "Answer: {}")).format(result)
-    tail = steps[-1 - rng.randint(1, 2) : -1]
+    tail = steps[-1 - rng.randint(0, 2) : -1]
     return " ".join([*tail, ending]), result
 
 
@@ -97,12 +105,13 @@ def altered(problem: Problem, rng: random.Random) -> str:
 def exists(problem: Problem, rng: random.Random) -> Document:
     """Does the excerpt state a final result?"""
     if rng.random() < 0.5:
-        excerpt, reply = conclusion(problem, rng)[0], "Yes"
+        excerpt, result = conclusion(problem, rng)
+        reply = f"Yes, {result}."
     else:
         spans, _ = write_trace(problem, rng.choice(("verbose", "concise")), rng, CAREFUL)
         steps = "".join(text for text, _ in spans).split("\n\n")[:-1]
         at = rng.randrange(len(steps))
-        excerpt, reply = " ".join(steps[at : at + 2]), "No"
+        excerpt, reply = " ".join(steps[at : at + 2]), "No."
     return Document(ASK_EXISTS.format(question=problem.question, excerpt=excerpt), None, reply)
 
 
@@ -112,7 +121,7 @@ def same(problem: Problem, rng: random.Random) -> Document:
     while a != b and rng.random() < 0.4:  # about as many Yes as No
         second, b = conclusion(problem, rng)
     user = ASK_SAME.format(question=problem.question, first=first, second=second)
-    return Document(user, None, "Yes" if a == b else "No")
+    return Document(user, None, f"Yes, both {a}." if a == b else f"No, {a} and {b}.")
 
 
 def continued(problem: Problem, rng: random.Random) -> Document:
@@ -123,7 +132,7 @@ def continued(problem: Problem, rng: random.Random) -> Document:
     begun = rng.randint(1, writer.work.length - 1)
     writer.steps(begun)
     writer.spans = [(text, False) for text, _ in writer.spans]
-    writer.style = style
+    writer.style, writer.doubts = style, style == "verbose"
     writer.steps(writer.work.length - begun, begun)
     writer.conclude()
     user = f"{problem.question} {rng.choice(BRIEF)}" if style == "concise" else problem.question

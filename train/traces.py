@@ -41,7 +41,7 @@ class Habits:
 
     `again` is how likely the first, second, ... verification of a right result is; the last value stays. A greedy
     reader goes on while it is above one half.
-    `hurry` is how often, at a step, a verbose trace goes on in the concise style.
+    `hurry` is how often, at a step, a verbose trace goes on in the concise style; it is verified all the same.
     """
 
     slip: float = 0.07
@@ -63,6 +63,7 @@ class TraceWriter:
     def __init__(self, problem: Problem, style: Style, rng: random.Random, habits: Habits = DEFAULT) -> None:
         self.problem = problem
         self.style = style
+        self.doubts = style == "verbose"
         self.rng = rng
         self.habits = habits
         self.spans: list[Span] = []
@@ -75,7 +76,8 @@ class TraceWriter:
     def write(self) -> list[Span]:
         """The whole trace: opening, steps, answer, and perhaps second thoughts."""
         if self.style == "verbose":
-            self.say(self.rng.choice(OPENINGS))
+            wanted = f" I have to find what {self.work.asked} has." if isinstance(self.work, Swaps) else ""
+            self.say(self.rng.choice(OPENINGS) + wanted)
             if isinstance(self.work, Swaps):
                 self.say(f"At the start: {self.work.state}.")
         self.steps(self.work.length)
@@ -123,7 +125,7 @@ class TraceWriter:
         answer = self.work.value
         self.say(self.found + (f"So the answer is {answer}." if self.style == "verbose" else f"Answer: {answer}"))
         done = 0
-        while self.style == "verbose" and self.rng.random() < self.doubt(answer, done):
+        while self.doubts and self.rng.random() < self.doubt(answer, done):
             answer = self.verify(answer)
             done += 1
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from thinkserve.train.evaluate import Trial, mean, rate, shortest, vote, wilson
+from thinkserve.train.evaluate import Trial, counted, mean, rate, shortest, vote, wilson
 from thinkserve.train.tasks import problems
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
@@ -77,3 +77,11 @@ def test_wrong_chains_are_longer_than_right_ones(name: str, level: str) -> None:
     found = json.loads((MODELS / name / "evaluation.json").read_text())[level]
     assert found["mean_tokens_wrong"] > found["mean_tokens_right"]
     assert found["finished"] > 0.94
+
+
+def test_of_a_verdict_the_first_word_counts_and_of_all_else_everything() -> None:
+    """A verifier reads no further than Yes or No; an answer must be right to its end."""
+    assert "Yes" == counted("Yes, both 45.") == counted("Yes")
+    assert "No" == counted("No, 45 and 46.")
+    assert "None of them." == counted("None of them.")
+    assert "Step 1: correct." == counted("Step 1: correct.")

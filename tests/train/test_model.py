@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from thinkserve.train.export import export, to_hf
+from thinkserve.train.export import export, load, to_hf
 from thinkserve.train.model import CONTEXT, SHAPES, Model, Shape, rotations
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
@@ -50,6 +50,18 @@ def test_a_position_sees_nothing_of_the_future() -> None:
     assert not torch.allclose(logits(model, ids)[:, 25:], logits(model, other)[:, 25:])
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_layers_compute_the_same() -> None:
+    """What the loop trains on a machine with a compiler: the same logits, whatever the size of the batch."""
+    model, compiled = tiny(), tiny()
+    for layer in compiled.blocks():
+        torch.nn.Module.compile(layer, dynamic=True)
+    for size in ((2, 40), (3, 25)):
+        ids = torch.randint(0, TINY.vocabulary, size)
+        torch.testing.assert_close(logits(compiled, ids), logits(model, ids), atol=1e-4, rtol=1e-3)
+
+
 def test_an_export_is_complete_and_keeps_the_card(tmp_path: Path) -> None:
     """A second export replaces the weights, keeps card and figures, and leaves nothing half-written behind."""
     folder = tmp_path / "tiny"
@@ -65,14 +77,10 @@ def test_an_export_is_complete_and_keeps_the_card(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", sorted(SHAPES))
 def test_the_committed_model_is_the_family_s(size: str) -> None:
     """Loads in transformers, gives our model's logits, stops at the end of a turn, and is stored in bf16."""
-    shape = SHAPES[size]
-    folder = MODELS / shape.name
-    stored = load_file(folder / "model.safetensors")
-    assert {torch.bfloat16} == {weight.dtype for weight in stored.values()}
-    model = Model(shape).eval()
-    model.load_state_dict(
-        {name.removeprefix("model."): w.float() for name, w in stored.items() if "lm_head" not in name}
-    )
+    folder = MODELS / SHAPES[size].name
+    assert {torch.bfloat16} == {weight.dtype for weight in load_file(folder / "model.safetensors").values()}
+    model = load(folder)[0].eval()
+    assert SHAPES[size].name == model.shape.name
     ids = torch.tensor([TOKENIZER.encode("<|im_start|>user\nCompute 12+5.<|im_end|>\n").ids])
     hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():

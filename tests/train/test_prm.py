@@ -22,10 +22,9 @@ from thinkserve.server.reward_formats import FORMATS
 from thinkserve.strategies.engine import Path as Steps
 from thinkserve.strategies.rewards import solution_steps
 from thinkserve.train import prm_eval, vllm_sample
-from thinkserve.train.data import IGNORE
 from thinkserve.train.export import load
 from thinkserve.train.loop import Recipe
-from thinkserve.train.model import SHAPES, Model, Shape, rotate, rotations
+from thinkserve.train.model import IGNORE, SHAPES, Model, Shape, rotate, rotations
 from thinkserve.train.prm import FORMAT as WRITTEN
 from thinkserve.train.prm import RewardModel, RewardRun, export, load_reward
 from thinkserve.train.prm_chains import (
@@ -68,7 +67,7 @@ def test_an_exported_reward_model_is_a_token_classifier(tmp_path: Path) -> None:
     model = tiny()
     export(model.state_dict(), TINY, TOKENIZER, tmp_path / "prm")
     hf = AutoModelForTokenClassification.from_pretrained(tmp_path / "prm", dtype=torch.float32).eval()
-    ours, _ = load_reward(tmp_path / "prm", TINY)
+    ours, _ = load_reward(tmp_path / "prm")
     ids = torch.tensor([tokens(prompt_of("Q") + "1+1=2\n\n" * 40)])
     with torch.inference_mode():
         expected = hf(ids).logits.softmax(-1)[..., 1]
@@ -187,7 +186,7 @@ def test_a_lesson_ends_as_loud_as_its_trunk_and_all_of_it_learns_on(tmp_path: Pa
 
 @pytest.fixture(scope="module")
 def lesson() -> tuple[Lesson, Model, Tensor]:
-    trunk, _ = load(MODELS / "arith-small", SHAPES["small"])
+    trunk, _ = load(MODELS / "arith-small")
     samples = [torch.tensor(encode_steps(TOKENIZER, chain(seed), 512)[0]) for seed in range(10)]
     return Lesson(trunk, samples[1:]), trunk, samples[0]
 

@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
-from thinkserve.train.data import IGNORE
-from thinkserve.train.model import CONTEXT
+from thinkserve.train.model import CONTEXT, IGNORE
 from thinkserve.train.prm_chains import Chain, prompt_of
 from thinkserve.train.prm_data import encode_steps
 from thinkserve.train.prm_eval import Verdict, auroc

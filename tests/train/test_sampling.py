@@ -42,7 +42,7 @@ def test_solutions_are_judged_by_their_last_boxed_answer() -> None:
 
 
 def test_a_side_task_is_asked_with_its_thinking_closed() -> None:
-    """The prompt ends where the reply begins; a reply counts only if it is exactly right."""
+    """The prompt ends where the reply begins; of a reply to a yes/no question the first word counts."""
     evaluation = Evaluation(Oracle([]), TOKENIZER)
     document = exists(problems("medium", 1, 1)[0], random.Random(1))
     prompt = TOKENIZER.decode(evaluation.full(document), skip_special_tokens=False)

@@ -17,6 +17,7 @@ from thinkserve.train.side_tasks import (
     boxed,
     continued,
     direct,
+    drill,
     exists,
     forced,
     judge,
@@ -47,24 +48,25 @@ def whole(document: Document) -> str:
 
 @given(kinds, seeds)
 def test_an_excerpt_that_states_a_result_gets_yes(kind: Kind, seed: int) -> None:
-    """Yes exactly where the excerpt says what the answer is."""
+    """Yes, and which, exactly where the excerpt says what the answer is."""
     document = exists(*fresh(kind, seed))
     excerpt = document.user.split("Excerpt: ")[1].split("\nDoes this")[0]
-    assert ("Yes" if STATED.search(excerpt) else "No") == document.answer
+    stated = STATED.search(excerpt)
+    assert (f"Yes, {stated[1]}." if stated else "No.") == document.answer
 
 
 @given(kinds, seeds)
 def test_two_excerpts_are_the_same_if_their_results_are(kind: Kind, seed: int) -> None:
-    """Yes exactly where both stated results are equal."""
+    """Yes exactly where both stated results are equal; the reply names them."""
     document = same(*fresh(kind, seed))
     first, second = STATED.findall(document.user)
-    assert ("Yes" if first == second else "No") == document.answer
+    assert (f"Yes, both {first}." if first == second else f"No, {first} and {second}.") == document.answer
 
 
 def test_both_replies_are_common() -> None:
     """Neither verification task can be solved by always giving the same reply."""
     for make in (exists, same):
-        replies = Counter(make(*fresh(KINDS[seed % 3], seed)).answer for seed in range(400))
+        replies = Counter(make(*fresh(KINDS[seed % 3], seed)).answer.strip(".").split(",")[0] for seed in range(400))
         assert set(replies) == {"Yes", "No"}
         assert min(replies.values()) > 100
 
@@ -80,9 +82,29 @@ def test_verification_and_direct_answers_come_after_a_closed_thought(kind: Kind,
 
 @given(kinds, seeds)
 def test_a_direct_answer_is_the_right_one(kind: Kind, seed: int) -> None:
-    """No thinking, the exact answer."""
+    """No thinking, the exact answer; or what somebody had at the start."""
     problem, rng = fresh(kind, seed)
-    assert boxed(problem.answer) == direct(problem, rng).answer
+    document = direct(problem, rng)
+    if document.user == problem.question:
+        assert boxed(problem.answer) == document.answer
+        return
+    begin, _, person = document.user.removesuffix(" have?").partition(". What does ")
+    assert problem.question.startswith(begin)
+    assert boxed(dict(entry.split() for entry in problem.start)[person]) == document.answer
+
+
+@given(kinds, seeds)
+def test_of_practised_sums_the_results_alone_are_learned(kind: Kind, seed: int) -> None:
+    """They are right, and many."""
+    document = drill(*fresh(kind, seed))
+    assert document.thinking is not None
+    sums = "".join(text for text, _ in document.thinking).split("\n\n")
+    assert len(sums) >= 4
+    for line in sums:
+        left, symbol, right, result = re.fullmatch(r"(\d+)([+*-])(\d+)=(\d+)", line).groups()  # type: ignore[union-attr]
+        assert OPERATIONS[symbol](int(left), int(right)) == int(result)
+    results = "".join(line.partition("=")[2] for line in sums)
+    assert f"{results}\n</think>\n\nDone.<|im_end|>" == learned(document)
 
 
 @given(kinds, seeds)
