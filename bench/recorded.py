@@ -11,11 +11,10 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, cast
 
-from anyio.lowlevel import checkpoint
-
 from thinkserve.server.plan import Backend
 from thinkserve.strategies.around import Around
 from thinkserve.strategies.engine import Delta, Engine, Job, Path, Role, Score, Stream
+from thinkserve.strategies.streams import Through, Told, joined
 
 
 class Book:
@@ -26,7 +25,7 @@ class Book:
         self.scores: dict[tuple[str, Path, Role], Score] = {}
 
 
-class Recorded(Around):
+class Remembering(Around):
     """Remembers whole seeded chains, and the scores of whole paths."""
 
     def __init__(self, inner: Engine, book: Book) -> None:
@@ -41,13 +40,13 @@ class Recorded(Around):
     @asynccontextmanager
     async def _noted(self, job: Job) -> AsyncIterator[Stream]:
         if job in self._book.chains:
-            yield _Known(*self._book.chains[job])
+            yield Told(*self._book.chains[job])
             return
         async with self._inner.generate(job) as stream:
             noting = _Noting(stream)
             yield noting
-        if noting.last is not None:
-            self._book.chains[job] = noting.whole(), stream.cached
+        if noting.read.finish is not None:
+            self._book.chains[job] = noting.read, noting.cached
 
     async def score(self, question: str, paths: Sequence[Path], role: Role = "reward") -> list[Score]:
         """Only those that are not in the book are scored."""
@@ -58,50 +57,16 @@ class Recorded(Around):
         return [scores[question, path, role] for path in paths]
 
 
-class _Noting:
+class _Noting(Through):
+    __slots__ = ("read",)
+
     def __init__(self, inner: Stream) -> None:
-        self._inner = inner
-        self._tokens: list[int] = []
-        self._logprobs: list[float] = []
-        self.last: Delta | None = None
-
-    @property
-    def generated(self) -> int:
-        return self._inner.generated
-
-    @property
-    def cached(self) -> int:
-        return self._inner.cached
-
-    def __aiter__(self) -> Stream:
-        return self
+        super().__init__(inner)
+        self.read = Delta()
 
     async def __anext__(self) -> Delta:
-        delta = await self._inner.__anext__()
-        self._tokens += delta.tokens
-        self._logprobs += delta.logprobs
-        self.last = delta if delta.finish else None
-        return delta
-
-    def whole(self) -> Delta:
-        """All of it in one."""
-        finish = None if self.last is None else self.last.finish
-        return Delta(tuple(self._tokens), tuple(self._logprobs), finish=finish)
-
-
-class _Known:
-    def __init__(self, delta: Delta, cached: int) -> None:
-        self._left: Delta | None = delta
-        self.generated, self.cached = len(delta.tokens), cached
-
-    def __aiter__(self) -> Stream:
-        return self
-
-    async def __anext__(self) -> Delta:
-        await checkpoint()
-        delta, self._left = self._left, None
-        if delta is None:
-            raise StopAsyncIteration
+        delta = await super().__anext__()
+        self.read = joined(self.read, delta)
         return delta
 
 
@@ -113,7 +78,7 @@ class RecordedBackend:
 
     def engine(self, request_id: str, salt: str | None = None) -> Engine:
         """An engine for one request."""
-        return Recorded(self._backend.engine(request_id, salt), self._book)
+        return Remembering(self._backend.engine(request_id, salt), self._book)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)

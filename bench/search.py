@@ -71,7 +71,7 @@ async def bench(
         await add(client, Row("single"))
         for chains in sorted(budgets, reverse=True):
             for method in filter(CHOOSERS.__contains__, methods):
-                await add(client, row_of(method, chains, 0.0))
+                await add(client, row_of(method, chains, done[0].mean("total")))
     async with served(model=model, reward=reward) as client:
         for chains in sorted(budgets):
             for method in filter(SEARCHES.__contains__, methods):
@@ -127,6 +127,8 @@ def command(
 ) -> None:
     """Measure, print the tables and one line of JSON, and keep both with the plot."""
     methods, budgets = method or list(METHODS), (4,) if quick else tuple(chains or BUDGETS)
+    if unknown := set(methods) - set(METHODS):
+        raise typer.BadParameter(f"{', '.join(sorted(unknown))}: not one of {', '.join(METHODS)}")
     count, asked = 8 if quick else problems, Asked(concurrency, temperature=0.8)
     told = {"reward": Path(reward).name, "problems": count, "level": level, **asdict(asked)}
     run = Run("search", model, told)

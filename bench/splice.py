@@ -23,15 +23,13 @@ from bench import overhead
 from bench.overhead import Cost, Way, measure, settings_of
 from thinkserve.server.vllm_engine import VllmBackend, create
 from thinkserve.strategies.engine import Job, Tokens
+from thinkserve.strategies.streams import whole
 
 
 async def plain(backend: VllmBackend, job: Job) -> Tokens:
     """The tokens of a job that nobody closes."""
-    tokens: list[int] = []
     async with backend.engine("bench").generate(job) as stream:
-        async for delta in stream:
-            tokens += delta.tokens
-    return tuple(tokens)
+        return (await whole(stream)).tokens
 
 
 async def forced(backend: VllmBackend, job: Job) -> Tokens:
@@ -53,8 +51,7 @@ async def resubmitted(backend: VllmBackend, job: Job) -> Tokens:
                     break
         chain.inject(close)
         async with chain.segment(job.max_tokens - len(chain.tokens)) as stream:
-            async for _ in stream:
-                pass
+            await whole(stream)
         return chain.tokens
 
 

@@ -47,33 +47,45 @@ class Recorded(Through):
         return delta
 
 
-class Ended:
-    """A stream of no tokens: all that it says is how it ended, at once."""
+class Told:
+    """A stream that says one delta, at once."""
 
-    __slots__ = ("_finish",)
+    __slots__ = ("_delta", "cached", "generated")
 
-    generated = 0
-    cached = 0
-
-    def __init__(self, finish: Finish) -> None:
-        self._finish: Finish | None = finish
+    def __init__(self, delta: Delta, cached: int = 0) -> None:
+        self._delta: Delta | None = delta
+        self.generated, self.cached = len(delta.tokens), cached
 
     def __aiter__(self) -> Stream:
         return self
 
     async def __anext__(self) -> Delta:
-        finish, self._finish = self._finish, None
-        if finish is None:
+        delta, self._delta = self._delta, None
+        if delta is None:
             raise StopAsyncIteration
-        return Delta(finish=finish)
+        return delta
+
+
+class Ended(Told):
+    """A stream of no tokens: all that it says is how it ended."""
+
+    __slots__ = ()
+
+    def __init__(self, finish: Finish) -> None:
+        super().__init__(Delta(finish=finish))
+
+
+def joined(first: Delta, then: Delta) -> Delta:
+    """Two deltas of one stream as one."""
+    top, stats, finish = first.top + then.top, first.stats + then.stats, then.finish or first.finish
+    return Delta(first.tokens + then.tokens, first.logprobs + then.logprobs, top, finish, stats)
 
 
 async def growing(stream: Stream) -> AsyncIterator[Delta]:
     """All that a stream has said so far, again with every delta."""
     read = Delta()
     async for new in stream:
-        top, stats, finish = read.top + new.top, read.stats + new.stats, new.finish or read.finish
-        read = Delta(read.tokens + new.tokens, read.logprobs + new.logprobs, top, finish, stats)
+        read = joined(read, new)
         yield read
 
 

@@ -10,7 +10,6 @@ import argparse
 import json
 import multiprocessing
 import random
-import shutil
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -53,13 +52,11 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def family_tokenizer(folder: Path, start: Path | None = None) -> Tokenizer:
-    """The tokenizer of the runs in `folder`: that of the models in `start`, else learned once, from a fixed sample."""
+def family_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of the runs in `folder`, learned once, from a fixed sample."""
     file = folder / "tokenizer.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    if start:
-        shutil.copy(start / SHAPES["small"].name / "tokenizer.json", file)
     if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
         rng, curriculum = random.Random(0), Curriculum()
         texts = ("".join(t for t, _ in spans_of(draw_document(rng, 1.0, curriculum))) for _ in range(SAMPLES))
         train_tokenizer(texts).save(str(file))
@@ -78,11 +75,12 @@ def recipe(size: str, options: argparse.Namespace) -> Recipe:
 
 def train(size: str, options: argparse.Namespace) -> None:
     """Train one model to the end of its recipe and export it."""
-    target = options.models / SHAPES[size].name
-    tokenizer = family_tokenizer(options.runs, options.start or (options.models if options.only == "large" else None))
-    run = Run(recipe(size, options), tokenizer, options.runs / size)
+    given = recipe(size, options)
+    known = given.start or given.half
+    tokenizer = load(known)[1] if known else family_tokenizer(options.runs)
+    run = Run(given, tokenizer, options.runs / size)
     run.train()
-    export(run.model.state_dict(), run.shape, tokenizer, target)
+    export(run.model.state_dict(), run.model.shape, tokenizer, options.models / SHAPES[size].name)
 
 
 def summary(size: str, options: argparse.Namespace) -> dict[str, Any]:

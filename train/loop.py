@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer
 
 from thinkserve.train.data import Batcher, Curriculum
-from thinkserve.train.export import load, shape_of
+from thinkserve.train.export import load
 from thinkserve.train.grow import widened
 from thinkserve.train.model import SHAPES, Layer, Learner, Model, rotations
 from thinkserve.train.optim import optimizers
@@ -54,14 +54,13 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(recipe.seed)
         self.recipe, self.folder = recipe, folder
-        self.shape = shape_of(recipe.start) if recipe.start else SHAPES[recipe.size]
         self.model = self.learner().to(recipe.device)
         if recipe.device != "cpu" or shutil.which("g++"):
             for layer in (module for module in self.model.modules() if isinstance(module, Layer)):
                 layer.compile(dynamic=True)
         self.optimizers = optimizers(self.model, recipe.lr)
         self.batcher = self.batches(tokenizer)
-        self.angles = rotations(recipe.longest, self.shape.head_dim, recipe.device)
+        self.angles = rotations(recipe.longest, self.model.shape.head_dim, recipe.device)
         self.step = self.tokens = 0
         self.seconds = 0.0
         if (folder / "last.pt").exists():
@@ -72,7 +71,8 @@ class Run:
         recipe = self.recipe
         if recipe.start:
             return load(recipe.start)[0]
-        return widened(load(recipe.half)[0], self.shape) if recipe.half else Model(self.shape)
+        shape = SHAPES[recipe.size]
+        return widened(load(recipe.half)[0], shape) if recipe.half else Model(shape)
 
     def batches(self, tokenizer: Tokenizer) -> Batcher:
         """What it learns from."""

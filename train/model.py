@@ -102,7 +102,9 @@ class Layer(nn.Module):
 
 
 class Learner(nn.Module):
-    """What the training loop trains."""
+    """What the training loop trains; `shape` is its own, or that of the model inside it."""
+
+    shape: Shape
 
     def loss(self, ids: Tensor, labels: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Mean cross-entropy in nats over the labels that are not IGNORE; ids and labels are [batch, time]."""

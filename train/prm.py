@@ -33,7 +33,7 @@ class RewardModel(Learner):
 
     def __init__(self, trunk: Model) -> None:
         super().__init__()
-        self.model = trunk
+        self.model, self.shape = trunk, trunk.shape
         self.score = nn.Linear(trunk.shape.hidden, len(LABELS))
         nn.init.zeros_(self.score.bias)
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from thinkserve.train.data import Batcher
 from thinkserve.train.export import load
 from thinkserve.train.loop import Recipe, Run
-from thinkserve.train.model import NORM_EPS, Attention, Layer, Learner, Model, rotations
+from thinkserve.train.model import NORM_EPS, SHAPES, Attention, Layer, Learner, Model, rotations
 from thinkserve.train.prm import MORE, RewardModel
 from thinkserve.train.prm_chains import Chain
 from thinkserve.train.prm_data import OPENED, PAD, LessonBatcher, encode_steps, written
@@ -43,7 +43,7 @@ class Lesson(Learner):
 
     def __init__(self, trunk: Model, samples: Sequence[Tensor]) -> None:
         super().__init__()
-        self.depth = trunk.shape.layers
+        self.shape, self.depth = trunk.shape, trunk.shape.layers
         self.direction = nn.Parameter(F.normalize(torch.randn(trunk.shape.hidden), dim=0), requires_grad=False)
         self.reward = RewardModel(deeper(trunk, samples, self.direction))
         self.read_out = nn.ModuleList(map(deepcopy, (trunk.norm, trunk.embed_tokens)))
@@ -183,7 +183,7 @@ class LessonRun(Run):
         """A trained trunk below fresh layers and heads."""
         rng = random.Random(self.recipe.seed)
         samples = [encode_steps(self.tokenizer, written(rng), self.recipe.longest)[0] for _ in range(SAMPLES)]
-        trunk = load(self.recipe.start)[0] if self.recipe.start else Model(self.shape)
+        trunk = load(self.recipe.start)[0] if self.recipe.start else Model(SHAPES[self.recipe.size])
         return Lesson(trunk, list(map(torch.tensor, samples)))
 
     def batches(self, tokenizer: Tokenizer) -> Batcher:

@@ -46,7 +46,7 @@ def make(options: argparse.Namespace, family: Path) -> None:
     author = family / SHAPES["small"].name
     found = report(score(model, tokenizer, evaluation_chains(author, options)))
     found |= {"author": author.name, "parameters": sum(p.numel() for p in model.parameters())}
-    write_card(target, model.model.shape, training, found)
+    write_card(target, model.shape, training, found)
     print(NAME, json.dumps(found, indent=1))
 
 
@@ -57,10 +57,9 @@ def train(options: argparse.Namespace, family: Path, target: Path) -> dict[str, 
     chains = training_chains(family, folder, options.chains)
     lesson = LessonRun(replace(on(LESSON, options), start=trunk), tokenizer, folder / "lesson", chains)
     lesson.train()
-    taught = lesson.taught()
-    run = RewardRun(on(TRAINING, options), tokenizer, folder, chains, taught)
+    run = RewardRun(on(TRAINING, options), tokenizer, folder, chains, lesson.taught())
     run.train()
-    export(run.model.state_dict(), taught.model.shape, tokenizer, target)
+    export(run.model.state_dict(), run.model.shape, tokenizer, target)
     logs = [log_summary(part / "log.jsonl") | {"hardware": hardware()} for part in (folder / "lesson", folder)]
     own = f"{len(chains):,} chains of the family's own and " if chains else ""
     return logs[1] | {"before": logs[0], "data": f"{own}generated traces full of slips"}

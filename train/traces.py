@@ -76,10 +76,12 @@ class TraceWriter:
     def write(self) -> list[Span]:
         """The whole trace: opening, steps, answer, and perhaps second thoughts."""
         if self.style == "verbose":
-            wanted = f" I have to find what {self.work.asked} has." if isinstance(self.work, Swaps) else ""
-            self.say(self.rng.choice(OPENINGS) + wanted)
+            opening = self.rng.choice(OPENINGS)
             if isinstance(self.work, Swaps):
+                self.say(f"{opening} I have to find what {self.work.asked} has.")
                 self.say(f"At the start: {self.work.state}.")
+            else:
+                self.say(opening)
         self.steps(self.work.length)
         self.conclude()
         return self.spans
