@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import random
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from thinkserve.steering.vector_file import BadVector
+from thinkserve.strategies.text import boxed
 
-BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 BRIEF = "Be brief."
 
 
@@ -34,8 +33,8 @@ class Question:
         """Whether the last boxed answer is the right one; ValueError when there is nothing to compare with."""
         if self.answer is None:
             raise ValueError(f"no answer is known to: {self.text[:60]}")
-        found = BOXED.findall(completion)
-        return bool(found) and found[-1].strip().lower() == self.answer.strip().lower()
+        found = boxed(completion)
+        return found is not None and found.strip().lower() == self.answer.strip().lower()
 
 
 def from_file(file: Path) -> list[Question]:

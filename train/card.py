@@ -73,9 +73,10 @@ def stages(log: dict[str, Any]) -> list[dict[str, Any]]:
 
 def told(stage: dict[str, Any]) -> str:
     """One training in words."""
-    minutes, rate = stage["seconds"] / 60, stage["tokens_per_s"]
+    minutes, rate, half = stage["seconds"] / 60, stage["tokens_per_s"], stage.get("half")
+    begun = f"began as {half} at twice the width; " if half else ""
     return (
-        f"{stage['tokens']:,} tokens in {minutes:.0f} minutes on {stage['hardware']} ({rate:,} tokens/s),"
+        f"{begun}{stage['tokens']:,} tokens in {minutes:.0f} minutes on {stage['hardware']} ({rate:,} tokens/s),"
         f" last loss {stage['loss']:.3f} nats per learned token"
     )
 

@@ -5,55 +5,61 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 
 from thinkserve.train.model import IGNORE
-from thinkserve.train.side_tasks import (
-    Document,
-    continued,
-    direct,
-    drill,
-    exists,
-    forced,
-    judge,
-    same,
-    solve,
-    summary,
-)
+from thinkserve.train.practice import recall, sums, track
+from thinkserve.train.side_tasks import Document, continued, direct, exists, forced, judge, same, solve, summary
 from thinkserve.train.tasks import KINDS, Level, Problem, generate
+from thinkserve.train.traces import DEFAULT, Habits
 
 Maker = Callable[[Problem, random.Random], Document]
+Mixture = tuple[tuple[Maker, float], ...]
 POOL = 16  # batches that are sorted together
 
-# Share of documents per task, after bare practice: arithmetic takes a hundred thousand sums to learn, which a million
-# tokens of drills hold, and ten million of solutions.
-MIXTURE: tuple[tuple[Maker, float], ...] = (
-    (solve, 0.47),
-    (drill, 0.15),
-    (direct, 0.05),
-    (exists, 0.04),
-    (same, 0.09),
-    (continued, 0.04),
-    (forced, 0.05),
-    (summary, 0.03),
-    (judge, 0.08),
+# One skill after another, until which share of the training: to look up comes within a hundred thousand tokens if
+# nothing else is asked, and hardly ever once sums are there; sums want a million in any case.
+LESSONS: tuple[tuple[float, Mixture], ...] = (
+    (0.022, ((recall, 1.0),)),
+    (0.077, ((track, 0.6), (recall, 0.4))),
+    (0.35, ((sums, 0.9), (track, 0.05), (recall, 0.05))),
 )
+# What a model begins with that has room for more than it was given: sums that the small one never got quite right.
+REFRESHER: tuple[tuple[float, Mixture], ...] = ((0.10, LESSONS[-1][1]),)
+
+
+def mixture(habits: Habits) -> Mixture:
+    """Share of documents per task, with reasoning of these habits."""
+    return (
+        (partial(solve, habits=habits), 0.52),
+        (sums, 0.10),
+        (recall, 0.03),
+        (direct, 0.05),
+        (exists, 0.04),
+        (same, 0.05),
+        (partial(continued, habits=habits), 0.05),
+        (partial(forced, habits=habits), 0.06),
+        (partial(summary, habits=habits), 0.03),
+        (judge, 0.07),
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Curriculum:
-    """Shares of easy, medium and hard problems, moving from `begin` to `end` in the first `ramp` of the training.
+    """Bare practice first, then the mixture.
 
-    The first `practice` of it is bare practice.
+    Shares of easy, medium and hard problems move from `begin` to `end` in the first `ramp` of the training.
     """
 
     begin: tuple[float, float, float] = (0.8, 0.2, 0.0)
     end: tuple[float, float, float] = (0.2, 0.6, 0.2)
     ramp: float = 0.4
-    practice: float = 0.15
+    lessons: tuple[tuple[float, Mixture], ...] = LESSONS
+    habits: Habits = DEFAULT
 
     def draw(self, progress: float, rng: random.Random) -> Level:
         """A level at `progress` in [0, 1]."""
@@ -62,12 +68,16 @@ class Curriculum:
         levels: tuple[Level, ...] = ("easy", "medium", "hard")
         return rng.choices(levels, weights)[0]
 
+    def tasks(self, progress: float) -> Mixture:
+        """What is learned at `progress`."""
+        return next((lesson for end, lesson in self.lessons if progress < end), mixture(self.habits))
+
 
 def draw_document(rng: random.Random, progress: float, curriculum: Curriculum) -> Document:
-    """One document of the mixture."""
-    practice = progress < curriculum.practice
-    maker = drill if practice else rng.choices([m for m, _ in MIXTURE], [w for _, w in MIXTURE])[0]
+    """One document for `progress` in [0, 1]."""
+    makers, shares = zip(*curriculum.tasks(progress), strict=True)
     problem = generate(rng.choice(KINDS), curriculum.draw(progress, rng), rng, "train")
+    maker: Maker = rng.choices(makers, shares)[0]
     return maker(problem, rng)
 
 

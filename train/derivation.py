@@ -22,7 +22,7 @@ INNERMOST = re.compile(r"\((-?\d+)([+*-])(-?\d+)\)|^(-?\d+)([+*-])(-?\d+)$")
 class Step:
     """One step as text: what leads to it, the part that is certain, the part that can be wrong, how hard it is.
 
-    `state` is what is left after it (an expression, who holds what), and as wrong as the result.
+    `state` is what is left after it (of an expression), and as wrong as the result.
     """
 
     lead: str
@@ -161,5 +161,4 @@ class Swaps:
         if slip:
             victim = rng.choice((a, b))
             self._holds[victim] = rng.choice([o for o in OBJECTS if o != self._holds[victim]])
-        changed = f" {a} {self._holds[a]}, {b} {self._holds[b]}"
-        return Step(f"{a} and {b} swap", f"{before} become", changed, state=f". Now {self.state}")
+        return Step(f"{a} and {b} swap", f"{before} become", f" {a} {self._holds[a]}, {b} {self._holds[b]}")

@@ -12,11 +12,11 @@ from typing import Any, Protocol
 
 from tokenizers import Tokenizer
 
+from thinkserve.strategies.text import boxed
 from thinkserve.train.data import spans_of
 from thinkserve.train.side_tasks import Document, exists, forced, judge, same
 from thinkserve.train.tasks import KINDS, Level, Problem, problems
 
-BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 VERDICT = re.compile(r"(?:Yes|No)\b")
 
 
@@ -81,8 +81,7 @@ class Evaluation:
 
     def boxed(self, tokens: list[int]) -> str | None:
         """The last boxed answer of a completion."""
-        found = BOXED.findall(self.tokenizer.decode(tokens))
-        return found[-1] if found else None
+        return boxed(self.tokenizer.decode(tokens))
 
     def main(self, level: Level, n: int, k: int = 8) -> dict[str, Any]:
         """Greedy and sampled figures on `n` problems, with votes over `k` chains."""

@@ -25,12 +25,13 @@ from thinkserve.train.export import export, known_training, load, log_summary
 from thinkserve.train.loop import Recipe, Run
 from thinkserve.train.model import SHAPES, default_device
 from thinkserve.train.tokenizer import train_tokenizer
+from thinkserve.train.traces import BRISK
 from thinkserve.train.vllm_sample import VllmSampler
 
 SAMPLES = 8000
 # The small one stops while it still errs: that is its part in the family. The large one begins with what it learned.
 RECIPES = {
-    "small": Recipe("small", minutes=60.0, tokens=10_000_000, batch=2048),
+    "small": Recipe("small", minutes=60.0, tokens=7_000_000, batch=2048, habits=BRISK),
     "large": Recipe("large", minutes=100.0, tokens=10_000_000, lr=4e-3),
 }
 
@@ -57,7 +58,7 @@ def family_tokenizer(folder: Path) -> Tokenizer:
     file = folder / "tokenizer.json"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        rng, curriculum = random.Random(0), Curriculum()
+        rng, curriculum = random.Random(0), Curriculum(habits=BRISK)
         texts = ("".join(t for t, _ in spans_of(draw_document(rng, 1.0, curriculum))) for _ in range(SAMPLES))
         train_tokenizer(texts).save(str(file))
     return Tokenizer.from_file(str(file))
@@ -88,8 +89,12 @@ def summary(size: str, options: argparse.Namespace) -> dict[str, Any]:
     name = SHAPES[size].name
     if options.evaluate:
         return known_training(options.models / name)
-    before = known_training(options.start / name) if options.start else None
-    return log_summary(options.runs / size / "log.jsonl") | {"hardware": hardware(), "before": before}
+    half = recipe(size, options).half
+    begun = {
+        "before": known_training(options.start / name) if options.start else None,
+        "half": half.name if half else None,
+    }
+    return log_summary(options.runs / size / "log.jsonl") | {"hardware": hardware()} | begun
 
 
 def evaluate(size: str, options: argparse.Namespace) -> None:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 
-from thinkserve.train.data import Batcher, Curriculum
+from thinkserve.train.data import REFRESHER, Batcher, Curriculum
 from thinkserve.train.export import load
 from thinkserve.train.grow import widened
 from thinkserve.train.model import SHAPES, Layer, Learner, Model, rotations
 from thinkserve.train.optim import optimizers
+from thinkserve.train.traces import DEFAULT, Habits
 
 
 def fast_bf16(device: str) -> bool:
@@ -44,6 +45,7 @@ class Recipe:
     device: str = "cpu"
     start: Path | None = None
     half: Path | None = None
+    habits: Habits = DEFAULT
     save_every_s: float = 120.0
 
 
@@ -77,8 +79,9 @@ class Run:
     def batches(self, tokenizer: Tokenizer) -> Batcher:
         """What it learns from."""
         recipe = self.recipe
-        taught = Curriculum(begin=Curriculum().end, practice=0.0)
-        curriculum = taught if recipe.start or recipe.half else Curriculum()
+        curriculum = Curriculum(habits=recipe.habits)
+        if recipe.start or recipe.half:
+            curriculum = replace(curriculum, begin=curriculum.end, lessons=REFRESHER if recipe.half else ())
         return Batcher(tokenizer, recipe.batch, recipe.longest, recipe.seed, curriculum)
 
     @property

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from thinkserve.train.evaluate import BOXED, Trial, rate, vote
+from thinkserve.strategies.text import boxed
+from thinkserve.train.evaluate import Trial, rate, vote
 from thinkserve.train.model import IGNORE, rotations
 from thinkserve.train.prm import RewardModel
 from thinkserve.train.prm_chains import Chain
@@ -158,14 +159,13 @@ def calibration_error(steps: Sequence[Verdict]) -> float:
 
 def chosen(group: Sequence[Scored], aggregate: Callable[[Sequence[float]], float]) -> bool:
     """Whether the chain with the best aggregate, among those with an answer, is right."""
-    finished = [one for one in group if BOXED.search(one.chain.text) and one.rewards]
+    finished = [one for one in group if trial(one).answer is not None and one.rewards]
     return bool(finished) and trial(max(finished, key=lambda one: aggregate(one.rewards))).right
 
 
 def trial(one: Scored) -> Trial:
     """The chain as evaluate.py counts it."""
-    answers = BOXED.findall(one.chain.text)
-    return Trial(one.chain.problem, answers[-1] if answers else None, len(one.chain.text))
+    return Trial(one.chain.problem, boxed(one.chain.text), len(one.chain.text))
 
 
 def selection(scored: Sequence[Scored]) -> dict[str, dict[str, float]]:

@@ -12,16 +12,13 @@ from dataclasses import dataclass
 
 from thinkserve.strategies.verifier import ASK_EXISTS, ASK_SAME
 from thinkserve.train.derivation import derive
-from thinkserve.train.tasks import OPERATIONS, Problem
-from thinkserve.train.traces import CAREFUL, DEFAULT, Span, Style, TraceWriter, write_trace
+from thinkserve.train.tasks import Problem
+from thinkserve.train.traces import CAREFUL, DEFAULT, Habits, Span, Style, TraceWriter, write_trace
 
 ASK_SUMMARY = "Question: {question}\nWork so far:\n{work}\nSummarise the progress so far."
 ASK_CONTINUE = "{question}\n{summary}\nContinue from there."
 ASK_JUDGE = "Judge this solution step by step.\nQuestion: {question}\nSolution:\n{steps}"
 SUMMARY = "Progress: {done} of {total} steps are done. The current state is {state}."
-DRILL = "Work out each of them."
-PRACTICE = (4, 14)  # sums in a document of bare practice
-SUMS = (99, 999, 999)  # their results are at most one of these
 BRIEF = ("Be brief.", "Think briefly.", "Keep your thinking short.", "Use as few words as possible.")
 DETAILED = ("Explain every step.", "Think step by step.", "Take your time.")
 
@@ -43,10 +40,10 @@ def boxed(answer: str) -> str:
     return f"The answer is \\boxed{{{answer}}}."
 
 
-def solve(problem: Problem, rng: random.Random) -> Document:
+def solve(problem: Problem, rng: random.Random, habits: Habits = DEFAULT) -> Document:
     """The main task: think in the style that the prompt asks for, then answer."""
     style: Style = "concise" if rng.random() < 0.3 else "verbose"
-    spans, answer = write_trace(problem, style, rng)
+    spans, answer = write_trace(problem, style, rng, habits)
     asked = rng.random() < (0.7 if style == "concise" else 0.25)
     words = rng.choice(BRIEF if style == "concise" else DETAILED) if asked else ""
     user, system = problem.question, None
@@ -64,25 +61,6 @@ def direct(problem: Problem, rng: random.Random) -> Document:
         begin = problem.question.partition(".")[0]
         return Document(f"{begin}. What does {person} have?", None, boxed(thing))
     return Document(problem.question, None, boxed(problem.answer))
-
-
-def drill(_problem: Problem, rng: random.Random) -> Document:
-    """Sums without a story: many results per token, and only they are learned; the practice that arithmetic needs."""
-    spans: list[Span] = []
-    for index in range(rng.randint(*PRACTICE)):
-        text, result = _sum(rng.choice(SUMS), rng)
-        spans += [(("\n\n" if index else "") + f"{text}=", False), (str(result), True)]
-    return Document(DRILL, tuple(spans), "Done.")
-
-
-def _sum(limit: int, rng: random.Random) -> tuple[str, int]:
-    while True:
-        left, symbol = rng.randint(0, limit), rng.choice("+-*")
-        right = rng.randint(2, 9) if symbol == "*" else rng.randint(1, 99)
-        left = left // right if symbol == "*" else left
-        result = OPERATIONS[symbol](left, right)
-        if 0 <= result <= limit:
-            return f"{left}{symbol}{right}", result
 
 
 def conclusion(problem: Problem, rng: random.Random) -> tuple[str, str]:
@@ -124,11 +102,11 @@ def same(problem: Problem, rng: random.Random) -> Document:
     return Document(user, None, f"Yes, both {a}." if a == b else f"No, {a} and {b}.")
 
 
-def continued(problem: Problem, rng: random.Random) -> Document:
+def continued(problem: Problem, rng: random.Random, habits: Habits = DEFAULT) -> Document:
     """A thought begun in the other style, which carries no loss, and carried on in the style asked for."""
     style: Style = rng.choice(("verbose", "concise"))
     other: Style = "concise" if style == "verbose" else "verbose"
-    writer = TraceWriter(problem, other, rng, DEFAULT)
+    writer = TraceWriter(problem, other, rng, habits)
     begun = rng.randint(1, writer.work.length - 1)
     writer.steps(begun)
     writer.spans = [(text, False) for text, _ in writer.spans]
@@ -139,15 +117,15 @@ def continued(problem: Problem, rng: random.Random) -> Document:
     return Document(user, tuple(writer.spans), boxed(writer.work.value))
 
 
-def forced(problem: Problem, rng: random.Random) -> Document:
+def forced(problem: Problem, rng: random.Random, habits: Habits = DEFAULT) -> Document:
     """Thinking is cut off, mostly at a step border; the best answer comes at once. The cut itself is not learned."""
-    spans, _ = write_trace(problem, rng.choice(("verbose", "concise")), rng)
+    spans, _ = write_trace(problem, rng.choice(("verbose", "concise")), rng, habits)
     kept = tuple((text, False) for text, _ in spans[: rng.randint(0, len(spans))])
     close = rng.choice(("\n</think>", "</think>"))
     return Document(problem.question, kept, boxed(problem.answer), close=close, learn_close=False)
 
 
-def summary(problem: Problem, rng: random.Random) -> Document:
+def summary(problem: Problem, rng: random.Random, habits: Habits = DEFAULT) -> Document:
     """Either write the summary of partial work, or continue from one."""
     work = derive(problem)
     done = rng.randint(1, work.length - 1)
@@ -157,7 +135,7 @@ def summary(problem: Problem, rng: random.Random) -> Document:
     if rng.random() < 0.5:
         user = ASK_SUMMARY.format(question=problem.question, work="\n\n".join(steps))
         return Document(user, None, text)
-    writer = TraceWriter(problem, "verbose", rng, DEFAULT)
+    writer = TraceWriter(problem, "verbose", rng, habits)
     writer.work = work
     writer.steps(work.length - done, done)
     writer.conclude()

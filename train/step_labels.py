@@ -28,7 +28,7 @@ STEP = re.compile(rf".*?(?:\n\n|{re.escape(END)})", re.DOTALL)
 REFLECTION = re.compile(r"Wait|Hmm|Alternatively")
 EQUATION = re.compile(r"(-?\d+)([+*-])(-?\d+)=(-?\d+)(?:, leaving ([^\s.;]+))?")
 CONCLUSION = re.compile(r"(?:answer is(?: still)?|Answer:) (?:\\boxed\{([^{}]*)\}|(-?\w+))")
-REPORT = re.compile(r"Hmm, this time I got \w+ instead of \w+\.")  # of two results; claims neither
+REPORT = re.compile(r"(?:Wait|Hmm), this time I got \w+ instead of \w+\.")  # of two results; claims neither
 PAIR = re.compile(rf"\b(?:{'|'.join(PEOPLE)}) (?:{'|'.join(OBJECTS)})\b")
 CLAIM = re.compile(rf"\d|=|become|[Aa]nswer|{PAIR.pattern}")
 EXCHANGE = re.compile(r"(\w+) (\w+), (\w+) (\w+) become (\w+) (\w+), (\w+) (\w+)")
@@ -196,17 +196,19 @@ class SwapsLedger:
 
     def restart(self) -> None:
         """Back to the start."""
-        self._at, self._sound = 0, True
+        self._at, self._sound, self._before = 0, True, True
 
     def read(self, step: str, again: bool) -> bool | None:
         """Every exchange, the holdings written out, and what the person asked about is found to hold."""
-        self._at -= int(again and self._at > 0)
+        if again and self._at > 0:
+            self._at, self._sound = self._at - 1, self._before
         exchanges = [self._exchange(match.groups()) for match in EXCHANGE.finditer(step)]
         states = [self._holds(match[1]) for match in HOLDINGS.finditer(step)]
         found = [match[1] == self._answer for match in self._found.finditer(step)]
         if not (exchanges or states or found):
             return False if PAIR.search(step) else None
         if exchanges or states:
+            self._before = self._sound
             self._sound = all(exchanges) and (all(states) if states else self._sound)
         written = sum(len(PAIR.findall(match[0])) for match in (*EXCHANGE.finditer(step), *HOLDINGS.finditer(step)))
         unread = len(PAIR.findall(step)) - written - len(found)

@@ -7,6 +7,7 @@ gets wrong is therefore its own uncertainty. A trace is a list of spans (text, l
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Literal
@@ -30,6 +31,7 @@ AGAIN = (
     "Hmm, let me check this from the start once more.",
     "Alternatively, I can go through everything again to be sure.",
 )
+QUIET = ("Once more, to be sure.", "Going through all of it one more time.")  # the same without a word of doubt
 
 
 WRONG_AGAIN = 0.97  # how likely a wrong result is verified: doubt is not blind
@@ -41,6 +43,7 @@ class Habits:
 
     `again` is how likely the first, second, ... verification of a right result is; the last value stays. A greedy
     reader goes on while it is above one half.
+    `quiet` is how often a verification after the first begins without a word of doubt.
     `hurry` is how often, at a step, a verbose trace goes on in the concise style; it is verified all the same.
     """
 
@@ -49,11 +52,14 @@ class Habits:
     check_easy: float = 0.05
     check_hard: float = 0.2
     again: tuple[float, ...] = (0.95, 0.9, 0.85, 0.75, 0.3, 0.1)
-    again_slip: float = 0.03
+    again_slip: float = 0.01
+    quiet: float = 0.0
     hurry: float = 0.03
 
 
 DEFAULT = Habits()
+# Doubts aloud once at most, then perhaps goes on quietly for long: chains of one problem differ much in length.
+BRISK = Habits(check_easy=0.01, check_hard=0.05, again=(0.65, 0.7, 0.7, 0.6, 0.5, 0.3), quiet=0.9)
 CAREFUL = Habits(slip=0.0, check_easy=0.0, check_hard=0.0, again=(0.0,), again_slip=0.0, hurry=0.0)
 
 
@@ -128,7 +134,8 @@ class TraceWriter:
         self.say(self.found + (f"So the answer is {answer}." if self.style == "verbose" else f"Answer: {answer}"))
         done = 0
         while self.doubts and self.rng.random() < self.doubt(answer, done):
-            answer = self.verify(answer)
+            quiet = done and self.rng.random() < self.habits.quiet
+            answer = self.verify(answer, QUIET if quiet else AGAIN)
             done += 1
 
     @property
@@ -141,19 +148,17 @@ class TraceWriter:
         rate = self.habits.again[min(done, len(self.habits.again) - 1)]
         return max(rate, WRONG_AGAIN) if rate and answer != self.problem.answer else rate
 
-    def verify(self, answer: str) -> str:
+    def verify(self, answer: str, openings: Sequence[str] = AGAIN) -> str:
         """Go through everything once more in short form; a disagreement leads to a careful third pass."""
-        self.say(self.rng.choice(AGAIN))
+        self.say(self.rng.choice(openings))
         second = self.pass_through(self.habits.again_slip)
         if second == answer:
             self.say(f"So the answer is still {answer}.")
             return answer
-        self.say(f"Hmm, this time I got {second} instead of {answer}. Let me redo it carefully.")
-        self.work = derive(self.problem)
-        for _ in range(self.work.length):
-            self.say(f"{self.work.advance(self.rng).full}.")
-        self.say(f"{self.found}So the answer is {self.work.value}.")
-        return self.work.value
+        self.say(f"Wait, this time I got {second} instead of {answer}. Let me check it carefully.")
+        third = self.pass_through(0.0)
+        self.say(f"So the answer is {third}.")
+        return third
 
     def pass_through(self, slip_rate: float) -> str:
         """One line with all the steps; returns its result."""

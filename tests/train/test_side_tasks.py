@@ -18,7 +18,6 @@ from thinkserve.train.side_tasks import (
     boxed,
     continued,
     direct,
-    drill,
     exists,
     forced,
     judge,
@@ -92,20 +91,6 @@ def test_a_direct_answer_is_the_right_one(kind: Kind, seed: int) -> None:
     begin, _, person = document.user.removesuffix(" have?").partition(". What does ")
     assert problem.question.startswith(begin)
     assert boxed(dict(entry.split() for entry in problem.start)[person]) == document.answer
-
-
-@given(kinds, seeds)
-def test_of_practised_sums_the_results_alone_are_learned(kind: Kind, seed: int) -> None:
-    """They are right, and many."""
-    document = drill(*fresh(kind, seed))
-    assert document.thinking is not None
-    sums = "".join(text for text, _ in document.thinking).split("\n\n")
-    assert len(sums) >= 4
-    for line in sums:
-        left, symbol, right, result = re.fullmatch(r"(\d+)([+*-])(\d+)=(\d+)", line).groups()  # type: ignore[union-attr]
-        assert OPERATIONS[symbol](int(left), int(right)) == int(result)
-    results = "".join(line.partition("=")[2] for line in sums)
-    assert f"{results}\n</think>\n\nDone.<|im_end|>" == learned(document)
 
 
 @given(kinds, seeds)
