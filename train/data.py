@@ -24,9 +24,9 @@ POOL = 16  # batches that are sorted together
 # One skill after another, until which share of the training: to look up comes within a hundred thousand tokens if
 # nothing else is asked, and hardly ever once sums are there; sums want a million in any case.
 LESSONS: tuple[tuple[float, Mixture], ...] = (
-    (0.022, ((recall, 1.0),)),
-    (0.077, ((track, 0.6), (recall, 0.4))),
-    (0.35, ((sums, 0.9), (track, 0.05), (recall, 0.05))),
+    (0.018, ((recall, 1.0),)),
+    (0.063, ((track, 0.6), (recall, 0.4))),
+    (0.29, ((sums, 0.9), (track, 0.05), (recall, 0.05))),
 )
 # What a model begins with that has room for more than it was given: sums that the small one never got quite right.
 REFRESHER: tuple[tuple[float, Mixture], ...] = ((0.10, LESSONS[-1][1]),)
