@@ -148,7 +148,7 @@ class TraceWriter:
         rate = self.habits.again[min(done, len(self.habits.again) - 1)]
         return max(rate, WRONG_AGAIN) if rate and answer != self.problem.answer else rate
 
-    def verify(self, answer: str, openings: Sequence[str] = AGAIN) -> str:
+    def verify(self, answer: str, openings: Sequence[str]) -> str:
         """Go through everything once more in short form; a disagreement leads to a careful third pass."""
         self.say(self.rng.choice(openings))
         second = self.pass_through(self.habits.again_slip)

@@ -8,6 +8,7 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
+from thinkserve.train.data import spans_of
 from thinkserve.train.practice import recall, sums, track
 from thinkserve.train.side_tasks import Document
 from thinkserve.train.tasks import OPERATIONS, generate, split_of
@@ -21,8 +22,7 @@ def lines_of(document: Document) -> list[str]:
 
 
 def learned(document: Document) -> str:
-    assert document.thinking is not None
-    return "".join(text for text, learn in document.thinking if learn)
+    return "".join(text for text, learn in spans_of(document) if learn)
 
 
 @given(seeds)
@@ -35,7 +35,8 @@ def test_of_sums_the_results_alone_are_learned(seed: int) -> None:
     for line in lines:
         left, symbol, right, result = re.fullmatch(r"(\d+)([+*-])(\d+)=(\d+)", line).groups()  # type: ignore[union-attr]
         assert OPERATIONS[symbol](int(left), int(right)) == int(result)
-    assert "".join(line.partition("=")[2] for line in lines) == learned(document)
+    results = "".join(line.partition("=")[2] for line in lines)
+    assert f"{results}\n</think>\n\nDone.<|im_end|>" == learned(document)
 
 
 @given(seeds)
@@ -46,7 +47,8 @@ def test_of_look_ups_the_things_alone_are_learned(seed: int) -> None:
     holds, *asked = lines_of(document)
     assert len(asked) >= 4
     assert set(asked) <= set(holds.split(", "))
-    assert "".join(f" {line.split()[1]}" for line in asked) == learned(document)
+    things = "".join(f" {line.split()[1]}" for line in asked)
+    assert f"{things}\n</think>\n\nDone.<|im_end|>" == learned(document)
 
 
 @given(seeds)
@@ -54,5 +56,6 @@ def test_few_swaps_are_told_without_a_slip(seed: int) -> None:
     """The whole trace is learned, and its question is one of the training split."""
     rng = random.Random(seed)
     document = track(generate("chain", "easy", rng), rng)
-    assert "\n\n".join(lines_of(document)) == learned(document)
+    trace = "\n\n".join(lines_of(document))
+    assert f"{trace}\n</think>\n\n{document.answer}<|im_end|>" == learned(document)
     assert "train" == split_of(document.user)

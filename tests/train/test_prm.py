@@ -156,7 +156,7 @@ def test_a_resumed_run_learns_on(tmp_path: Path) -> None:
     losses = [run.update() for _ in range(20)]
     run.save()
     again = LessonRun(recipe, TOKENIZER, tmp_path, [])
-    assert fmean(losses[10:]) < 0.85 * fmean(losses[:5]), losses
+    assert fmean(losses[10:]) < 0.8 * fmean(losses[:5]), losses
     assert again.step == 20
     found = run.model.state_dict()
     assert all(torch.equal(weight, again.model.state_dict()[name]) for name, weight in found.items())
