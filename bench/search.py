@@ -5,17 +5,21 @@
     PYTHONSAFEPATH=1 .venv/bin/python bench/search.py --method a-star --method best-of-n --chains 8
 
 Run as a file. A budget is a number of chains' worth: methods that fix their number of solutions get that number, A*,
-which does not, gets as many tokens as so many plain chains take on average (measured first). Methods that choose among
-whole chains choose among the same ones, which are written once (`recorded.py`). Rows are resumable.
+which does not, gets as many tokens as so many plain chains take on average (measured first). It ends with its first
+solution, so only its width can spend a larger budget: k is half of the budget's chains, for as many continuations as
+the budget has chains would leave nothing to go back with. Its other limits are out of reach; what ended the searches is
+told. Methods that choose among whole chains choose among the same ones, which are written once (`recorded.py`). Rows
+are resumable.
 """
 
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import anyio
 import httpx
@@ -39,16 +43,24 @@ SEARCHES: Mapping[str, str] = {"a-star": "", "rebase": "width", "particle": "n",
 METHODS: Mapping[str, str] = {**CHOOSERS, **SEARCHES}
 # The milestone's target: best-of-8's accuracy with this share of its tokens, and with fewer scorer passes.
 MOST_TOKENS = 1 / 3
-HEADER = ("method", "chains", "accuracy", "tokens", "scorer passes", "scorer tokens", "from cache", "wall s")
+HEADER = (
+    "method", "chains", "accuracy", "tokens", "scorer passes", "scorer tokens", "from cache", "wall s", "stopped by",
+)  # fmt: skip
+# How A* is told its budget; part of what makes a run this run, as a row is known by its name.
+TOLD = "k = half of the chains"
+MOST_EXPANSIONS = 4096
 
 
-def row_of(method: str, chains: int, mean: float) -> Row:
-    """The row of a method at a budget of `chains` chains of `mean` tokens."""
+def row_of(method: str, chains: int, mean: float, max_tokens: int) -> Row:
+    """The row of a method at a budget of `chains` chains of `mean` tokens, none of which may have over `max_tokens`."""
     name = METHODS[method]
-    told: dict[str, Any] = {"name": method, "params": {name: chains} if name else {}}
-    if not name:
-        told["max_total_tokens"] = round(chains * mean)
-    return Row(f"{method}@{chains}", {"strategy": told})
+    if name:
+        return Row(f"{method}@{chains}", {"strategy": {"name": method, "params": {name: chains}}})
+    total = round(chains * mean)
+    # A search may spend k whole chains at most.
+    k = max(2, chains // 2, -(-total // max_tokens))
+    params = {"k": k, "max_expansions": MOST_EXPANSIONS}
+    return Row(f"{method}@{chains}", {"strategy": {"name": method, "params": params, "max_total_tokens": total}})
 
 
 async def bench(
@@ -71,11 +83,11 @@ async def bench(
         await add(client, Row("single"))
         for chains in sorted(budgets, reverse=True):
             for method in filter(CHOOSERS.__contains__, methods):
-                await add(client, row_of(method, chains, done[0].mean("total")))
+                await add(client, row_of(method, chains, done[0].mean("total"), asked.max_tokens))
     async with served(model=model, reward=reward) as client:
         for chains in sorted(budgets):
             for method in filter(SEARCHES.__contains__, methods):
-                await add(client, row_of(method, chains, done[0].mean("total")))
+                await add(client, row_of(method, chains, done[0].mean("total"), asked.max_tokens))
     return done
 
 
@@ -85,7 +97,13 @@ def cells(each: Measured) -> list[str]:
     numbers = [f"{each.mean(name):.0f}" for name in ("total", "prm_passes", "prm_tokens")]
     cached = f"{each.mean('cache_hit_ratio'):.2f}"
     wall = "-" if method in CHOOSERS else f"{each.mean('wall_s'):.1f}"
-    return [method, chains or "1", f"{each.accuracy:.3f}", *numbers, cached, wall]
+    return [method, chains or "1", f"{each.accuracy:.3f}", *numbers, cached, wall, stops(each)]
+
+
+def stops(each: Measured) -> str:
+    """What ended the requests of a row, the most frequent first, each with its share."""
+    counts = Counter(str(one.usage["stopped_by"]) for one in each.samples)
+    return ", ".join(f"{why} {count / len(each.samples):.2f}" for why, count in counts.most_common())
 
 
 def verdicts(done: Sequence[Measured]) -> list[list[str]]:
@@ -130,7 +148,7 @@ def command(
     if unknown := set(methods) - set(METHODS):
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}: not one of {', '.join(METHODS)}")
     count, asked = 8 if quick else problems, Asked(concurrency, temperature=0.8)
-    told = {"reward": Path(reward).name, "problems": count, "level": level, **asdict(asked)}
+    told = {"reward": Path(reward).name, "problems": count, "level": level, "a-star": TOLD, **asdict(asked)}
     run = Run("search", model, told)
     done = anyio.run(bench, (model, reward), methods, budgets, load(level, count, asked.seed), asked, run.journal())
     rows = list(map(cells, done))

@@ -46,9 +46,15 @@ def share(each: Measured) -> float:
     return each.mean("draft_tokens") / each.mean("total")
 
 
+def lengths(each: Measured) -> list[float]:
+    """Tokens of each completion, the words of a cue included."""
+    written, ours = each.values("winner_completion_tokens"), each.values("injected_tokens")
+    return [sum(both) for both in zip(written, ours, strict=True)]
+
+
 def cells(each: Measured) -> list[str]:
     """A line of the table."""
-    length = stats.mean(each.values("winner_completion_tokens"))
+    length = stats.mean(lengths(each))
     wall = stats.mean(each.values("wall_s"))
     return [
         each.row.name, f"{each.accuracy:.3f}", f"{length:.0f}", f"{each.mean('total'):.0f}", f"{share(each):.3f}",
@@ -60,8 +66,7 @@ def verdicts(small: Measured, large: Measured, both: Measured) -> list[list[str]
     """The milestone's targets and what was measured."""
     low, high, reached = (each.accuracy.value for each in (small, large, both))
     recovered = (reached - low) / (high - low) if high > low else float("nan")
-    name = "winner_completion_tokens"
-    length, part = stats.paired_ratio(both.values(name), small.values(name)), share(both)
+    length, part = stats.paired_ratio(lengths(both), lengths(small)), share(both)
     return [
         ["difference recovered", f">= {LEAST_RECOVERED}", f"{recovered:.2f}", verdict(recovered >= LEAST_RECOVERED)],
         ["guide's share of tokens", f"<= {MOST_GUIDE:.2f}", f"{part:.2f}", verdict(part <= MOST_GUIDE)],

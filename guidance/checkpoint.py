@@ -10,10 +10,11 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from thinkserve.guidance import ABOUT
 from thinkserve.guidance.predictor import Predictor, Size
 
 LAM_MIN = 10.0  # the published mask
-WEIGHTS, ABOUT = "predictor.safetensors", "predictor.json"
+WEIGHTS = "predictor.safetensors"
 
 
 class BadPredictor(ValueError):

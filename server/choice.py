@@ -22,7 +22,7 @@ from thinkserve.server.settings import Effort, Settings
 from thinkserve.server.validation import from_pydantic, nearest
 from thinkserve.strategies import registry
 from thinkserve.strategies.errors import BadOptions, UnknownStrategy
-from thinkserve.strategies.modifiers import Layer, Modifier, modifiers
+from thinkserve.strategies.modifiers import Layer, Modifier, misfit, modifiers
 from thinkserve.strategies.registry import Options, Strategy
 
 HEADER = "X-Reasoning-Strategy"
@@ -210,8 +210,9 @@ def _with_layers(choice: Choice, wanted: Sequence[Named]) -> Choice:
 
 
 def _works_over(name: str, choice: Choice) -> None:
-    if choice.over and not choice.strategy.supports.over:
-        raise ValueError(f"presets.{name}.over: strategy {choice.strategy.id!r} takes no modifiers")
+    for layer in choice.over:
+        if (reason := misfit(layer.modifier, choice.strategy)) is not None:
+            raise ValueError(f"presets.{name}.over: {reason}")
 
 
 def _same(one: Choice, other: Choice) -> bool:

@@ -6,7 +6,7 @@ These commands work on the folder; a running server has read it at start and is 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -15,12 +15,23 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from thinkserve.server.config import load
+from thinkserve.server.errors import clean
 from thinkserve.server.model_dir import ModelDir, StartError, find_model
 from thinkserve.server.settings import Settings
 from thinkserve.server.validation import nearest
-from thinkserve.server.vectors import SteeringVector, VectorRegistry, check_name, shape_of, vectors_folder
+from thinkserve.server.vectors import (
+    Shape,
+    SteeringVector,
+    VectorRegistry,
+    check_name,
+    checked,
+    read,
+    shape_of,
+    vectors_folder,
+)
 from thinkserve.server.vllm_launch import is_cpu_build, prepare_environment
 from thinkserve.steering.vector_file import BadVector
 from thinkserve.strategies.errors import ReasoningError
@@ -117,10 +128,13 @@ def calibrate(
 
 @app.command("list")
 def list_vectors(model: MODEL = None, vectors_dir: FOLDER = None) -> None:
-    """List the vectors of a model."""
+    """List the vectors of a model; exit status 2, and a line on what is wrong, if files of the folder are none."""
     with _told():
-        _, registry = _open(model, vectors_dir)
-    _print([vector for _, vector in sorted(registry.snapshot().items())])
+        found = find_model(model)
+        good, bad = _read(_folder(found, vectors_dir), shape_of(found))
+    _print(good)
+    if bad:
+        raise StartError(f"Not steering vectors for this model: {'; '.join(bad)}")
 
 
 @app.command()
@@ -136,11 +150,15 @@ def show(name: NAME, model: MODEL = None, vectors_dir: FOLDER = None) -> None:
 
 @app.command()
 def rm(name: NAME, model: MODEL = None, vectors_dir: FOLDER = None) -> None:
-    """Remove a vector from the folder."""
+    """Remove a vector from the folder, be its file usable or not."""
     with _told():
-        _, registry = _open(model, vectors_dir)
-        _find(name, registry)
-        registry.delete(name)
+        check_name(name)
+        folder = _folder(find_model(model), vectors_dir)
+        names = [file.stem for file in _files(folder)]
+        if name not in names:
+            raise BadVector(f"No steering vector {name!r}.{nearest(name, names)}")
+        for kind in ("safetensors", "json"):
+            (folder / f"{name}.{kind}").unlink(missing_ok=True)
 
 
 @contextmanager
@@ -156,7 +174,27 @@ def _told() -> Iterator[None]:
 
 def _open(model: str | None, folder: Path | None) -> tuple[ModelDir, VectorRegistry]:
     found = find_model(model)
-    return found, VectorRegistry(vectors_folder(Settings.model_construct(vectors_dir=folder), found), shape_of(found))
+    return found, VectorRegistry(_folder(found, folder), shape_of(found))
+
+
+def _folder(model: ModelDir, folder: Path | None) -> Path:
+    return vectors_folder(Settings.model_construct(vectors_dir=folder), model)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+
+
+def _read(folder: Path, shape: Shape) -> tuple[list[SteeringVector], list[str]]:
+    """The vectors of a folder, and what is wrong with each file that holds none."""
+    good, bad = list[SteeringVector](), list[str]()
+    for file in _files(folder):
+        try:
+            check_name(file.stem)
+            good.append(checked(file.stem, read(file), shape))
+        except (BadVector, OSError) as error:
+            bad.append(f"{clean(file.name)}: {error}")
+    return good, bad
 
 
 def _engine(model: ModelDir, folder: Path | None) -> Settings:
@@ -200,9 +238,18 @@ def _numbers(text: str, kind: Any, what: str) -> list[Any]:
 def _print(vectors: list[SteeringVector]) -> None:
     table = Table("vector", "version", "layers", "norms", "recipe", "scale", "tokens", box=None, padding=(0, 2, 0, 0))
     for vector in vectors:
-        found = vector.about.get("calibration", {})
         layers = ", ".join(map(str, vector.layers))
         norms = ", ".join(f"{norm:.3g}" for norm in vector.norms.values())
-        scale, tokens = (f"{found[key]:g}" if key in found else "" for key in ("scale", "tokens_ratio"))
-        table.add_row(vector.name, str(vector.version), layers, norms, vector.recipe, scale, tokens)
+        scale, tokens = (_calibrated(vector.about, key) for key in ("scale", "tokens_ratio"))
+        # What others have said of a vector may look like markup, or like anything.
+        recipe = Text(clean(vector.recipe, 40))
+        table.add_row(vector.name, str(vector.version), layers, norms, recipe, scale, tokens)
     Console().print(table)
+
+
+def _calibrated(about: Mapping[str, Any], key: str) -> str:
+    """A number that the calibration found; empty if the file tells none."""
+    match about.get("calibration"):
+        case {**found} if isinstance(value := found.get(key), int | float):
+            return f"{value:g}"
+    return ""

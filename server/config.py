@@ -24,8 +24,8 @@ from thinkserve.server.settings import Preset, PresetLayer, RemoteSettings, Sett
 from thinkserve.server.validation import nearest
 
 PREFIX = "THINKSERVE_"
-# Variables that select something else than a setting: the configuration file itself.
-OTHER_VARIABLES = frozenset({"THINKSERVE_CONFIG"})
+# Variables that are no settings: the configuration file itself, and what the kernels read before there are settings.
+OTHER_VARIABLES = frozenset({"THINKSERVE_CONFIG", "THINKSERVE_KERNELS", "THINKSERVE_CACHE"})
 SECRETS = frozenset({"admin_keys", "api_keys"})
 
 

@@ -14,14 +14,23 @@ from thinkserve.server.budget import ladder
 from thinkserve.server.choice import preset_choice
 from thinkserve.server.errors import ApiError, clean
 from thinkserve.server.modifier_types import ModifierCard
+from thinkserve.server.needs import abilities, check_needs, lacking
 from thinkserve.server.plan import Backend
 from thinkserve.server.settings import Preset, Settings
-from thinkserve.server.translate import Serving, check_chains, check_over, check_roles, missing_roles, served_name
+from thinkserve.server.translate import (
+    Serving,
+    check_asked,
+    check_chains,
+    check_over,
+    check_roles,
+    missing_roles,
+    served_name,
+)
 from thinkserve.server.validation import nearest
 from thinkserve.server.wire_types import ModelCard, ModelList, ReasoningCard, StrategyCard, StrategyList
 from thinkserve.strategies import registry
 from thinkserve.strategies.errors import UnknownStrategy
-from thinkserve.strategies.modifiers import Modifier, modifiers
+from thinkserve.strategies.modifiers import Modifier, misfit, modifiers
 from thinkserve.strategies.registry import Options, Strategy
 
 SUPPORTED = [
@@ -29,7 +38,10 @@ SUPPORTED = [
     "max_completion_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
     "repetition_penalty", "logit_bias", "logprobs", "top_logprobs", "seed", "stop", "stream", "stream_options",
 ]  # fmt: skip
-REQUIRES = {"guide": "draft_model", "reward": "prm", "verifier": "verifier", "steering": "hidden_states"}
+REQUIRES = {
+    "guide": "draft_model", "reward": "prm", "verifier": "verifier", "steering": "hidden_states",
+    "guidance": "budget_predictor",
+}  # fmt: skip
 
 
 def models(serving: Serving, created: int) -> ModelList:
@@ -43,11 +55,13 @@ def runs(serving: Serving, preset: str) -> bool:
     choice, backend = preset_choice(preset, serving.settings, "model"), serving.backend
     try:
         check_roles(choice.strategy, backend)
+        check_asked(choice, backend)
+        check_needs(choice.strategy, backend)
         check_over(choice, backend)
         check_chains(choice, serving.settings)
     except ApiError:
         return False
-    return _steers(choice.strategy, backend)
+    return True
 
 
 def model(serving: Serving, created: int, name: str) -> ModelCard:
@@ -101,7 +115,9 @@ def strategy_card(serving: Serving, entry: Strategy) -> StrategyCard:
             "seed": supports.seed,
             "steer": serving.backend.vectors is not None,
             "over": [
-                each.id for each in modifiers().values() if supports.over and not missing_roles(each, serving.backend)
+                each.id
+                for each in modifiers().values()
+                if misfit(each, entry) is None and not missing_roles(each, serving.backend)
             ],
         },
         "presets": [key for key, preset in serving.settings.presets.items() if _means(preset, entry)],
@@ -130,7 +146,7 @@ def unavailable(entry: Strategy, backend: Backend) -> str | None:
         return f"no model is configured for: {', '.join(missing)}"
     if gone := [role for role in entry.roles if not backend.roles[role].alive]:
         return f"not available at the moment: {', '.join(gone)}"
-    return None if _steers(entry, backend) else "the engine does not steer"
+    return lacking(entry, abilities(backend))
 
 
 def params_schema(entry: Strategy | Modifier) -> dict[str, Any]:
@@ -183,10 +199,6 @@ def _reasoning(backend: Backend) -> ReasoningCard | None:
         return None
     budgets = {str(effort): tokens for effort, tokens in ladder(backend.info).items()}
     return {"efforts": list(budgets), "budgets": budgets, "default_effort": None, "max_budget": backend.info.context}
-
-
-def _steers(entry: Strategy, backend: Backend) -> bool:
-    return "steering" not in entry.needs or backend.vectors is not None
 
 
 def _means(preset: Preset, entry: Strategy) -> bool:

@@ -49,8 +49,7 @@ class Tally:
 
     def go_on(self, job: Job) -> None:
         """The chain is at work again."""
-        self.prompt, self.live, self.finish = job.prompt, True, None
-        self.written.clear()
+        self.prompt, self.live, self.finish, self.written = job.prompt, True, None, []
 
 
 @dataclass(slots=True)
@@ -72,6 +71,8 @@ class MeteredEngine(Around):
         self.scored = Scored()
         self.jobs: Counter[Role] = Counter()
         self._helping: list[Tally] = []
+        # Where each job that writes the completion began, in tokens, and what was read of it.
+        self._written: list[tuple[int, list[int]]] = []
         self._submitted = 0
         self._found = 0
 
@@ -102,6 +103,17 @@ class MeteredEngine(Around):
             totals[chain.role] = totals.get(chain.role, 0) + chain.generated
         return totals
 
+    def drawn(self, prompt: int, tokens: Sequence[int]) -> int:
+        """How many of the tokens, which follow a prompt of that length, the models wrote where they stand."""
+        found = bytearray(len(tokens))
+        for start, written in self._written:
+            at = start - prompt
+            if 0 <= at < len(tokens):
+                pairs = zip(written, islice(tokens, at, None), strict=False)
+                same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+                found[at : at + same] = b"\1" * same
+        return sum(found)
+
     async def score(self, question: str, paths: Sequence[Path], role: Role = "reward") -> list[Score]:
         """What the reward model says, counted."""
         scores = await super().score(question, paths, role)
@@ -123,6 +135,8 @@ class MeteredEngine(Around):
         else:
             earlier.go_on(job)
         self.jobs[job.role] += 1
+        if job.role in ("target", "guide"):
+            self._written.append((len(job.prompt), tally.written))
         stream: Stream | None = None
         self._metrics.chains_inflight.inc()
         try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,16 +23,20 @@ class StartError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ModelDir:
-    """A checked model directory. `weight_bytes` is the size of its safetensors files together."""
+    """A checked model directory. `weight_bytes` is the size of its safetensors files together.
+
+    `hub_name` is its Hugging Face name, if it was asked for by that: its folder is called after a commit.
+    """
 
     path: Path
     architecture: str
     weight_bytes: int
+    hub_name: str = ""
 
     @property
     def name(self) -> str:
         """The name that clients use unless the operator chose another."""
-        return self.path.name
+        return self.hub_name.rpartition("/")[2] or self.path.name
 
     @property
     def small(self) -> bool:
@@ -58,7 +62,7 @@ def find_model(model: str | None) -> ModelDir:
     path = Path(model).expanduser()
     if path.is_dir() or path.exists() or not _is_hub_name(model):
         return check_model(path)
-    return check_model(_from_hub(model))
+    return replace(check_model(_from_hub(model)), hub_name=model)
 
 
 def check_model(path: Path) -> ModelDir:

@@ -41,6 +41,7 @@ ANSWERS: dict[str, type] = {
 HEADERS = {
     "X-Reasoning-Strategy": "The strategy at work with its effective parameters, as an RFC 8941 item.",
     "X-Ignored-Params": "Fields of the request that were not understood.",
+    "Server-Timing": "Milliseconds to the first token and to the decision; not of streams.",
 }
 
 

@@ -7,13 +7,26 @@ server needs of its models beyond the Engine protocol. No algorithms, no wire fo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from thinkserve.server.vectors import VectorRegistry
-from thinkserve.strategies.engine import Answer, Control, Engine, ModelInfo, Phase, Role, Sampling, Task, Tokens
+from thinkserve.strategies.engine import (
+    Answer,
+    Control,
+    Engine,
+    Event,
+    ModelInfo,
+    Phase,
+    Role,
+    Sampling,
+    Task,
+    Tokens,
+)
 from thinkserve.strategies.modifiers import Layer
 from thinkserve.strategies.registry import Options, Strategy, StreamMode
+
+MOST_LOGGED = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +90,11 @@ class Backend(ServedModel, Protocol):
         """Steering vectors by name; None when the engine cannot steer."""
         ...
 
+    @property
+    def guides(self) -> bool:
+        """Whether the target has a budget predictor, so that jobs may carry a Guide."""
+        ...
+
     async def render(
         self, messages: Sequence[Mapping[str, Any]], *, thinking: bool | None = None, kwargs: Mapping[str, Any] = {}
     ) -> Rendered:
@@ -109,6 +127,11 @@ class Plan:
     over: tuple[Layer, ...] = ()
 
     @property
+    def roles(self) -> frozenset[Role]:
+        """The models without which the strategy cannot work with these options."""
+        return frozenset((*self.strategy.roles, *self.options.roles().values()))
+
+    @property
     def cost(self) -> int:
         """KV tokens that the request may hold at once: chains x (prompt + tokens per chain)."""
         return self.options.chains() * (len(self.task.prompt) + self.task.max_tokens)
@@ -120,6 +143,7 @@ class Usage:
 
     Chains are the target's. `draft_tokens` and `verifier_tokens` are those of `completion_tokens` that guide and
     verifier generated; `prm_tokens` is what the reward model read, cached tokens left out, in `prm_passes` passes.
+    `winner_tokens` are those of the completion that some model generated, `injected_tokens` the others: our own words.
     `cache_hit_ratio` is the part of all jobs' prompts that was in the cache; None when there was one job only.
     """
 
@@ -138,6 +162,7 @@ class Usage:
     prm_passes: int = 0
     verifier_calls: int = 0
     verifier_tokens: int = 0
+    injected_tokens: int = 0
     cache_hit_ratio: float | None = None
 
     @property
@@ -146,9 +171,25 @@ class Usage:
         return self.completion_tokens - self.winner_tokens
 
 
+@dataclass(slots=True)
+class Log:
+    """Events of one request that a summary tells of: the first `MOST_LOGGED`, and how many came after them."""
+
+    events: list[Event] = field(default_factory=list[Event])
+    omitted: int = 0
+
+    def note(self, event: Event) -> None:
+        """Keep one more, if there is room."""
+        if len(self.events) < MOST_LOGGED:
+            self.events.append(event)
+        else:
+            self.omitted += 1
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What the runner hands back once the strategy has decided."""
 
     answer: Answer
     usage: Usage
+    log: Log = field(default_factory=Log)

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from thinkserve.server.auth import load_keys
 from thinkserve.server.choice import check_settings, preset_choice, resolve
 from thinkserve.server.deployment import Deployment, plan_models
-from thinkserve.server.model_dir import StartError
+from thinkserve.server.model_dir import ModelDir, StartError
+from thinkserve.server.needs import lacking
 from thinkserve.server.settings import RemoteSettings, Settings
+from thinkserve.server.vllm_guidance import predictor_folder
 from thinkserve.server.vllm_launch import is_cpu_build
+from thinkserve.strategies.registry import Need
 
 GPU_ONLY = ("gpu_memory_utilization", "tensor_parallel_size")
 
@@ -60,10 +63,19 @@ def check_names(settings: Settings, deployment: Deployment) -> None:
     served = {role for place in deployment.local for role in place.roles} | {each.role for each in deployment.remote}
     for where, choice in unasked.items():
         needed = {*choice.strategy.roles, *(role for layer in choice.over for role in layer.modifier.roles)}
+        needed |= {*choice.options.roles().values()}
         if missing := needed - served:
             raise StartError(f"{where} needs a model that is not configured: {', '.join(sorted(missing))}")
+        if reason := lacking(choice.strategy, abilities(settings, deployment.target.model)):
+            raise StartError(f"{where}: {choice.strategy.id} is not available: {reason}")
         if (chains := choice.options.chains()) > settings.max_chains:
             raise StartError(f"{where} runs {chains} chains; max_chains allows {settings.max_chains}")
+
+
+def abilities(settings: Settings, model: ModelDir) -> set[Need]:
+    """What the engine will be able to do; whether a predictor that is there fits is checked when it is loaded."""
+    able: dict[Need, bool] = {"steering": settings.steering, "guidance": predictor_folder(settings, model) is not None}
+    return {need for need, there in able.items() if there}
 
 
 def check_libraries() -> None:

@@ -60,7 +60,6 @@ class StreamOptions(Wire):
 
     include_usage: bool | None = None
     include_progress: bool | None = Field(None, description="Send `strategy_event` chunks as chains come and go.")
-    include_obfuscation: bool | None = None
 
 
 class Reasoning(Wire):
@@ -135,9 +134,15 @@ class StrategyChoice(Wire):
     params: dict[str, Any] = Field(default_factory=dict[str, Any], description="Checked against the strategy's schema.")
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     timeout_s: float | None = Field(None, gt=0, description="Deadline of the whole request in seconds.")
-    max_total_tokens: int | None = Field(None, ge=1, description="Most tokens that all chains together may generate.")
+    max_total_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Most tokens of all chains together; those of the step that reaches it may be more.",
+    )
     stream: StreamMode | None = Field(None, description="Whose reasoning is streamed.")
-    trace: Literal["none", "summary", "full"] | None = None
+    trace: Literal["none", "summary", "full"] | None = Field(
+        None, description="summary: take-overs, verdicts, endings and votes, in the report."
+    )
     steer: list[SteerChoice] = Field(
         default_factory=list[SteerChoice], max_length=MAX_STEERS, description="Steering vectors, added in this order."
     )

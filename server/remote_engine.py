@@ -23,6 +23,7 @@ from thinkserve.server.remote_tokens import RemoteTokenizer
 from thinkserve.server.settings import RemoteSettings
 from thinkserve.strategies.engine import Engine, Job, ModelInfo, Path, Role, Sampling, Tokens
 from thinkserve.strategies.errors import ReasoningError, Unsupported
+from thinkserve.strategies.verifier import ALTERNATIVES
 
 GREEDY = Sampling(temperature=0.0)
 
@@ -131,8 +132,12 @@ class _Introduction:
         return RemoteModel(self._http, info, self._role, tokenizer, text, reward)
 
     async def _try_out(self, model: RemoteModel, prompt: Tokens) -> None:
-        """One token, to see that ids come back; one more, to see whether the end of thinking is forced."""
-        if not await _written(model, Job(prompt, 1, GREEDY, logprobs=1)):
+        """One token, to see that ids come back; one more, to see whether the end of thinking is forced.
+
+        A verifier is asked for as many alternatives as it will be: servers may allow fewer.
+        """
+        alternatives = ALTERNATIVES if self._role == "verifier" else 1
+        if not await _written(model, Job(prompt, 1, GREEDY, logprobs=alternatives)):
             raise StartError("it writes nothing")
         if model.info.reasons:
             try:

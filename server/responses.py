@@ -22,7 +22,7 @@ from thinkserve.server.asgi import refuse
 from thinkserve.server.errors import ApiError, RoleDown
 from thinkserve.server.exchange import Exchange
 from thinkserve.server.metrics import LeftIn
-from thinkserve.server.plan import Outcome, Plan
+from thinkserve.server.plan import Outcome, Plan, Usage
 from thinkserve.server.protocol import ChatRequest
 from thinkserve.server.runner import usable
 from thinkserve.server.sse import MARK, EventWriter, Template, comment, data
@@ -50,7 +50,7 @@ class ChatResponse(Response):
         """The place of this request among those at work. Raises EngineFailed; entering it raises ApiError 503."""
         await self.state.backend.check()
         # Strategies can do without guide and verifier, if they are told to; without their scores they cannot.
-        if "reward" in self.plan.strategy.roles and not self.state.backend.roles["reward"].alive:
+        if "reward" in self.plan.roles and not self.state.backend.roles["reward"].alive:
             raise RoleDown("reward")
         self.execution = self.state.runner.open(self.plan, client(scope))
         self.text = TextOut(self.execution.texts, self.plan)
@@ -107,6 +107,7 @@ class ChatJson(ChatResponse):
             if not usable(outcome):
                 raise self.timed_out()
             self.text.flush()
+            self.headers["server-timing"] = timing(outcome.usage)
             completion = wire_out.completion(self.plan, self.chat, outcome, self.text)
             self._body = json.dumps(completion, allow_nan=False, separators=(",", ":")).encode()
         except Exception as error:  # noqa: BLE001 - whatever it is, the client is told once the task group is closed
@@ -115,6 +116,12 @@ class ChatJson(ChatResponse):
     async def _emit(self, item: Piece | Event) -> None:
         if isinstance(item, Piece):
             self.text.push(item)
+
+
+def timing(usage: Usage) -> str:
+    """The `Server-Timing` header: milliseconds to the first token, and to the decision."""
+    first = [] if usage.ttft_ms is None else [f"ttft;dur={usage.ttft_ms:.1f}"]
+    return ", ".join([*first, f"decide;dur={usage.wall_ms:.1f}"])
 
 
 class ChatStream(ChatResponse):

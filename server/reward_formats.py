@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from thinkserve.server.model_dir import ModelDir, StartError
@@ -40,8 +40,8 @@ class Format:
 
     The prompt is a chat, opened by `system` if there is one, or what `plain` makes of the tokenizer's text for the
     beginning of a sequence and the question. `marker` is written behind each step, whose own blank space at the end it
-    replaces; without one, steps are read as they were written. `probability` turns the `labels` logits of a token into
-    a reward.
+    replaces, in tokens of its own; without one, steps are read as they were written. `probability` turns the `labels`
+    logits of a token into a reward.
     """
 
     name: str
@@ -60,9 +60,18 @@ class Format:
         """The whole path. Each step is tokenized on its own, so that a longer path begins with the tokens it had."""
         tokens, ends = list(prompt), list[int]()
         for step in path.steps:
-            tokens += encode(step.rstrip() + self.marker if self.marker else step)
+            tokens += self._marked(step, encode) if self.marker else encode(step)
             ends.append(len(tokens) - 1)
         return Reading(tuple(tokens), tuple(ends))
+
+    def _marked(self, step: str, encode: Encode) -> Iterator[int]:
+        """The step and its marker, each by itself: a tokenizer may make one token of a full stop and a line break.
+
+        So are markers within the step, as where a family's own code cuts a solution at every line break.
+        """
+        for part in step.rstrip().split(self.marker):
+            yield from encode(part) if part else ()
+            yield from encode(self.marker)
 
 
 def right(logits: Sequence[float]) -> float:
@@ -86,7 +95,7 @@ FORMATS = (
         "qwen2.5-math-prm", 2, right, marker="<extra_0>",
         system="Please reason step by step, and put your final answer within \\boxed{}.",
     ),
-    # Skywork-o1-Open-PRM: no chat; the question on a line of its own, then a line per step with its value at the end.
+    # Skywork-o1-Open-PRM: no chat; the question on a line of its own, then the steps with their values at line breaks.
     Format("skywork-o1-prm", 1, sigmoid, plain=lambda begin, question: f"{begin}{question}\n", marker="\n"),
 )  # fmt: skip
 ARCHITECTURES = {

@@ -108,6 +108,11 @@ class Roles:
         """The target's steering vectors."""
         return self._target.vectors
 
+    @property
+    def guides(self) -> bool:
+        """Whether the target has a budget predictor."""
+        return self._target.guides
+
     def engine(self, request_id: str, salt: str | None = None) -> Engine:
         """The Engine of one request, for all roles."""
         return RoledEngine(self._target.engine(request_id, salt), self._roles, request_id, salt)

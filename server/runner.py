@@ -16,14 +16,18 @@ from thinkserve.server.errors import NO_RETRY, ApiError, from_exception
 from thinkserve.server.limits import LimitedEngine
 from thinkserve.server.meter import FINISHED, MeteredEngine, Tally
 from thinkserve.server.metrics import ChainEnd, Metrics, RequestOutcome
-from thinkserve.server.plan import Backend, Outcome, Plan, Usage
+from thinkserve.server.plan import Backend, Log, Outcome, Plan, Usage
 from thinkserve.server.request_log import RequestLog
 from thinkserve.server.steered import ControlledEngine
-from thinkserve.strategies.engine import Answer, Emit, Engine, Event, Piece
+from thinkserve.strategies.engine import Answer, Emit, Engine, Event, EventType, Piece
 from thinkserve.strategies.modifiers import layered
 
 # After its deadline a strategy has this long to decide with what it has.
 GRACE_S = 1.5
+# What a summary tells: what was done to a chain and what decided, not how far everybody is.
+LOGGED: frozenset[EventType] = frozenset(
+    {"takeover", "verifier", "budget.forced", "steer.applied", "vote", "winner", "error"}
+)
 OUTCOMES: dict[str, RequestOutcome] = {
     "deadline_exceeded": "deadline", "draining": "aborted", "engine_unavailable": "error", "overloaded": "overload",
 }  # fmt: skip
@@ -65,7 +69,7 @@ class Runner:
         try:
             answer = await execution.decision(emit)
             outcome = "deadline" if answer.stopped_by == "deadline" else "ok"
-            return Outcome(answer, execution.usage())
+            return Outcome(answer, execution.usage(), execution.log)
         except Exception as error:
             told = from_exception(error, execution.plan.request_id)
             outcome = OUTCOMES.get(told.code, "client_error" if told.status < 500 else "error")
@@ -100,6 +104,11 @@ class Execution:
         # Above the meter: what a modifier puts in is not generated.
         self._engine, self._modified = layered(self.meter, plan.task, self._emitted, plan.over)
 
+    @property
+    def log(self) -> Log:
+        """What was done to the completion and why it was chosen, up to now."""
+        return self._emitted.log
+
     def status(self) -> str:
         """Where the request stands, for people."""
         seconds = monotonic() - self._started
@@ -109,13 +118,14 @@ class Execution:
         """What was spent up to now."""
         meter, out, generated = self.meter, self._emitted, self.meter.generated
         by_role, scored = meter.by_role(), meter.scored
-        # Tokens of ours in the answer (a forced end of thinking) were not generated.
-        winner = min(out.tokens, generated)
+        # Tokens of ours in the completion (a cue, the words of a forced end of thinking) were not generated.
+        winner = meter.drawn(len(self.plan.task.prompt), out.tokens)
         return Usage(
             prompt_tokens=len(self.plan.task.prompt),
             cached_tokens=min(meter.cached, len(self.plan.task.prompt)),
             completion_tokens=generated,
             winner_tokens=winner,
+            injected_tokens=len(out.tokens) - winner,
             answer_tokens=min(out.answer, winner),
             chains_started=len(meter.chains),
             chains_finished=meter.finished,
@@ -156,22 +166,24 @@ class Execution:
 
 
 class _Emitted:
-    """Hands on what the strategy emits, and counts the committed tokens."""
+    """Hands on what the strategy emits, keeps the committed tokens and the first events that a summary tells of."""
 
     def __init__(self) -> None:
         self.emit: Emit | None = None
-        self.tokens = 0
+        self.tokens: list[int] = []
         self.answer = 0
         self.first: float | None = None
+        self.log = Log()
 
     async def __call__(self, item: Piece | Event) -> None:
         if isinstance(item, Piece):
             if self.first is None:
                 self.first = monotonic()
-            count = len(item.tokens)
-            self.tokens += count
+            self.tokens += item.tokens
             if item.phase == "answer":
-                self.answer += count
+                self.answer += len(item.tokens)
+        elif item.type in LOGGED:
+            self.log.note(item)
         if self.emit is not None:
             await self.emit(item)
 

@@ -20,6 +20,7 @@ from thinkserve.server.lifecycle import Server, reserve_socket
 from thinkserve.server.preflight import Checked, check
 from thinkserve.server.roles import create
 from thinkserve.server.settings import Settings
+from thinkserve.strategies.equivalence import shared
 
 
 def run(settings: Settings, console: Console) -> int:
@@ -51,4 +52,10 @@ async def _serve(settings: Settings, checked: Checked, listener: socket.socket, 
         banner.loaded_models(console, checked.deployment, backend.roles)
         banner.started(console, url, checked.served, preset, monotonic() - begin, keyed)
 
-    return await server.run(ready)
+    async with anyio.create_task_group() as group:
+        if not checked.deployment.target.model.small:
+            # Answers of a small model are numbers and words; those of others may need algebra at the first vote.
+            group.start_soon(shared().warm)
+        status = await server.run(ready)
+        group.cancel_scope.cancel()
+    return status

@@ -21,9 +21,17 @@ class ScriptedBackend:
     controls are kept in `scripted.history[i].job` and change nothing.
     """
 
-    def __init__(self, engine: ScriptedEngine, kv_tokens: int = 1 << 30, vectors: VectorRegistry | None = None) -> None:
+    def __init__(
+        self,
+        engine: ScriptedEngine,
+        kv_tokens: int = 1 << 30,
+        vectors: VectorRegistry | None = None,
+        *,
+        guides: bool = False,
+    ) -> None:
         self.scripted = engine
         self.vectors = vectors
+        self.guides = guides
         self.kv_tokens = kv_tokens
         self.alive = True
         self.closed = False

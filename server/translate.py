@@ -14,6 +14,7 @@ from starlette.datastructures import Headers
 from thinkserve.server.budget import Thinking, thinking
 from thinkserve.server.choice import HEADER, Choice, choose
 from thinkserve.server.errors import ApiError, clean
+from thinkserve.server.needs import check_budget, check_needs
 from thinkserve.server.plan import Backend, Plan, Rendered
 from thinkserve.server.protocol import MAX_STEERS, ChatRequest
 from thinkserve.server.settings import Settings
@@ -21,7 +22,7 @@ from thinkserve.server.steered import check_steer, foreign, invalid, to_steers
 from thinkserve.strategies.controls import Steer
 from thinkserve.strategies.engine import ModelInfo, Sampling, Task
 from thinkserve.strategies.errors import BadOptions, TooLong
-from thinkserve.strategies.modifiers import Modifier
+from thinkserve.strategies.modifiers import Modifier, misfit
 from thinkserve.strategies.registry import Strategy, StreamMode
 
 TIMEOUT_HEADER = "X-Request-Timeout-Ms"
@@ -64,20 +65,24 @@ async def to_plan(chat: ChatRequest, headers: Headers, serving: Serving, request
     settings, info = serving.settings, serving.backend.info
     choice = choose(chat, headers.getlist(HEADER), settings, served_name(serving))
     check_roles(choice.strategy, serving.backend)
+    check_asked(choice, serving.backend)
     check_over(choice, serving.backend)
     warnings = Warnings()
     sampling = to_sampling(chat, serving.backend.defaults, info, warnings)
     check_supports(chat, choice, sampling)
     check_chains(choice, settings)
     steers = to_controls(chat, choice, serving.backend, warnings)
+    check_needs(choice.strategy, serving.backend)
     thoughts = thinking(chat, info)
     rendered = await render(chat, serving.backend, thoughts)
+    budget = to_budget(thoughts, rendered)
+    check_budget(choice, budget)
     max_tokens = to_max_tokens(chat, choice, settings, info.context - len(rendered.tokens), warnings)
     task = Task(
         prompt=rendered.tokens,
         max_tokens=max_tokens,
         sampling=sampling,
-        thinking_budget=to_budget(thoughts, rendered),
+        thinking_budget=budget,
         max_total_tokens=total(chat, settings),
         phase=rendered.phase,
         seed=to_seed(chat),
@@ -121,12 +126,21 @@ def check_roles(strategy: Strategy, backend: Backend) -> None:
         raise ApiError(400, "strategy_unavailable", message, param="strategy")
 
 
+def check_asked(choice: Choice, backend: Backend) -> None:
+    """ApiError 400 strategy_unavailable when a parameter asks for a model that is not configured."""
+    for name, role in choice.options.roles().items():
+        if role not in backend.roles:
+            message = f"{name} needs a model that is not configured: {role}."
+            # The parameters of a preset are the operator's.
+            where = f"{choice.param}.{name}" if choice.preset is None else choice.where
+            raise ApiError(400, "strategy_unavailable", message, param=where)
+
+
 def check_over(choice: Choice, backend: Backend) -> None:
     """ApiError 400 when modifiers cannot lie below the strategy, or need a model that is not configured."""
-    if choice.over and not choice.strategy.supports.over:
-        message = f"Strategy {choice.strategy.id!r} does not write whole chains that a modifier could act on."
-        raise ApiError(400, "unsupported_parameter", message, param="strategy.over")
     for index, layer in enumerate(choice.over):
+        if (reason := misfit(layer.modifier, choice.strategy)) is not None:
+            raise ApiError(400, "unsupported_parameter", f"{reason}.", param=f"strategy.over.{index}")
         if missing := missing_roles(layer.modifier, backend):
             message = f"Modifier {layer.modifier.id!r} needs a model that is not configured: {', '.join(missing)}."
             raise ApiError(400, "strategy_unavailable", message, param=f"strategy.over.{index}")

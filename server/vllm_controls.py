@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from thinkserve.server.vectors import SteeringVector, Vectors
+from thinkserve.strategies.chain import ResubmittedChain
 from thinkserve.strategies.controls import Guide, Steer
 from thinkserve.strategies.engine import Job, ModelInfo, Stream, Tokens
 from thinkserve.strategies.errors import BadOptions, Unsupported
@@ -116,7 +117,7 @@ def _close(prompt: Tokens, info: ModelInfo) -> int | None:
 
 
 def _until(past: Steered, end: int) -> list[Entry]:
-    """What was steered before position `end`, where the new job begins."""
+    """What was steered before position `end`."""
     stops = [(entry, end if entry.stop is None else min(entry.stop, end)) for entry in past.entries]
     return [replace(entry, stop=stop) for entry, stop in stops if entry.start < stop]
 
@@ -137,16 +138,26 @@ def _joined(entries: list[Entry]) -> list[Entry]:
 Open = Callable[[Job, Steered], AbstractAsyncContextManager[Stream]]
 
 
-class Continued:
-    """Runs the segments of one chain: tokens that were steered when they were generated stay so when resubmitted."""
+class Continued(ResubmittedChain):
+    """A chain by resubmission: tokens that were steered when they were generated stay so when resubmitted.
 
-    def __init__(self, start: Open, steer: Callable[[Job, Steered], Steered]) -> None:
+    Tokens of ours were not generated, whatever had stood in their place.
+    """
+
+    def __init__(self, start: Open, steer: Callable[[Job, Steered], Steered], job: Job, info: ModelInfo) -> None:
+        super().__init__(self._resubmitted, job, info)
         self._start = start
         self._steer = steer
         self._past = NOTHING
 
+    def drop(self, count: int) -> None:
+        """Forget the last tokens, and how they were steered: how many were read must not matter."""
+        super().drop(count)
+        kept = _until(self._past, len(self._job.prompt) + len(self._tokens))
+        self._past = replace(self._past, entries=tuple(kept))
+
     @asynccontextmanager
-    async def generate(self, job: Job) -> AsyncIterator[Stream]:
+    async def _resubmitted(self, job: Job) -> AsyncIterator[Stream]:
         """One segment; the next one knows the steering of the tokens that were read from it."""
         now = self._steer(job, self._past)
         async with self._start(job, now) as stream:

@@ -22,8 +22,7 @@ from thinkserve.server.vllm_controls import NOTHING, Continued, Steered, steerin
 from thinkserve.server.vllm_guidance import guidance
 from thinkserve.server.vllm_launch import is_cpu_build, launch
 from thinkserve.server.vllm_served import Served
-from thinkserve.server.vllm_vectors import LoadedVectors
-from thinkserve.strategies.chain import ResubmittedChain
+from thinkserve.server.vllm_vectors import Kept, LoadedVectors
 from thinkserve.strategies.engine import (
     Chain,
     Detokenizer,
@@ -105,7 +104,7 @@ class VllmBackend(Served):
     def guides(self) -> bool:
         """Whether the model has a budget predictor, so that jobs may carry a Guide."""
         config = self._llm.vllm_config.additional_config or {}
-        return any("guidance" in parts for parts in config.values())
+        return len(self.info.think_close) == 1 and any("guidance" in parts for parts in config.values())
 
     @property
     def _plugged_in(self) -> bool:
@@ -139,6 +138,10 @@ class VllmBackend(Served):
     async def _steered(self, stream: AbstractAsyncContextManager[Stream], steered: Steered) -> AsyncIterator[Stream]:
         async with self._loaded.hold(steered.vectors), stream as opened:
             yield opened
+
+    def kept(self) -> Kept:
+        """The vectors that a chain will hold: none yet."""
+        return Kept(self._loaded)
 
     async def _call_steering(self, method: str, *args: Any) -> list[Any]:
         found: list[Any] = await self._llm.collective_rpc("call_part", args=("Steering", method, *args))
@@ -217,7 +220,18 @@ class VllmEngine:
     @asynccontextmanager
     async def chain(self, job: Job) -> AsyncIterator[Chain]:
         """Open a chain on the job's prompt, by resubmission: the prefix cache keeps what was computed."""
-        yield ResubmittedChain(Continued(self._start, self._steer).generate, job, self.info(job.role))
+        vectors = self._backend.kept()
+
+        @asynccontextmanager
+        async def start(segment: Job, steered: Steered) -> AsyncIterator[Stream]:
+            await vectors.change(steered.vectors)
+            async with self._start(segment, steered) as stream:
+                yield stream
+
+        try:
+            yield Continued(start, self._steer, job, self.info(job.role))
+        finally:
+            vectors.release()
 
     def _start(self, job: Job, steered: Steered) -> AbstractAsyncContextManager[Stream]:
         self._need(job.role)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from thinkserve.guidance import ABOUT
 from thinkserve.server.model_dir import ModelDir, StartError
 from thinkserve.server.settings import Settings
 from thinkserve.strategies.controls import Guide
@@ -17,20 +18,26 @@ FOLDER = "budget"
 UNAVAILABLE = "This model has no budget predictor, so it takes no budget guidance; `thinkserve budget train` makes one."
 
 
+def predictor_folder(settings: Settings, model: ModelDir) -> Path | None:
+    """Where the model's predictor is: the folder configured, else `budget/` of the model, else None. Cheap."""
+    if settings.budget_predictor is not None:
+        return settings.budget_predictor
+    # A training that is under way has written its traces there, but no predictor yet.
+    folder = model.path / FOLDER
+    return folder if (folder / ABOUT).exists() else None
+
+
 def find_predictor(settings: Settings, model: ModelDir) -> Path | None:
-    """The folder of the predictor that fits the model: the one configured, else `budget/` of the model, else None.
+    """The folder of the predictor, known to fit the model, or None where there is none.
 
     Raises StartError when it does not fit: in sizes, or, unless it was configured, because the weights are others.
     """
-    folder = settings.budget_predictor or model.path / FOLDER
-    if settings.budget_predictor is None and not folder.is_dir():
+    folder = predictor_folder(settings, model)
+    if folder is None:
         return None
-    from thinkserve.guidance.checkpoint import ABOUT, BadPredictor, read_about
+    from thinkserve.guidance.checkpoint import BadPredictor, read_about
     from thinkserve.steering.fingerprint import fingerprint
 
-    # A training that is under way has written its traces there, but no predictor yet.
-    if settings.budget_predictor is None and not (folder / ABOUT).exists():
-        return None
     try:
         about = read_about(folder)
     except BadPredictor as error:
@@ -55,13 +62,18 @@ def guidance(job: Job, info: ModelInfo, served: bool) -> dict[str, Any]:
     budget = min(control.budget for control in asked)
     if budget < 1:
         raise BadOptions("The budget must be at least one token.", "budget")
-    opens = _opens(job.prompt, info)
-    return {} if opens is None else {"guide": {"budget": budget, "start": len(job.prompt), "open": opens}}
+    opens, begun = _opens(job.prompt, info)
+    if opens is None:
+        return {}
+    return {"guide": {"budget": budget, "start": len(job.prompt), "open": opens, "begun": begun}}
 
 
-def _opens(prompt: Tokens, info: ModelInfo) -> int | None:
-    """-1: the prompt has opened thinking; a token: the one that will; None: thinking is over or never begins."""
+def _opens(prompt: Tokens, info: ModelInfo) -> tuple[int | None, bool]:
+    """-1: the prompt has opened thinking; a token: the one that will; None: thinking is over or never begins.
+
+    And whether some of the thinking stands in the prompt: what another job has written, or a template's line break.
+    """
     opened, closed = last_tags(info, prompt)
     if opened > closed:
-        return -1
-    return info.think_open[0] if closed < 0 and len(info.think_open) == 1 else None
+        return -1, len(prompt) > opened + len(info.think_open)
+    return (info.think_open[0] if closed < 0 and len(info.think_open) == 1 else None), False

@@ -16,11 +16,14 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from thinkserve.server.deployment import Local
 from thinkserve.server.model_dir import StartError
 from thinkserve.server.settings import Settings
 from thinkserve.server.vllm_args import eager, engine_args
 from thinkserve.server.vllm_fork import children_die_with_us, run_together
+from thinkserve.server.vllm_refusal import note, notes
 from thinkserve.server.vllm_scheduler import scheduler_name
 from thinkserve.server.vllm_worker import KEY
 
@@ -72,6 +75,17 @@ RELIED_ON = {
     ),
     "vllm.v1.worker.gpu_worker": ("Worker.load_model",),
 }  # fmt: skip
+
+
+def told(error: Exception) -> str:
+    """Why the engine did not start: a worker's note, or the error in one line.
+
+    vLLM's configuration only counts its errors in the first line; the first of these is meant.
+    """
+    said = note() or str(error)
+    if isinstance(error, ValidationError):
+        said = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+    return next((line.strip() for line in said.splitlines() if line.strip()), type(error).__name__)
 
 
 def is_cpu_build() -> bool:
@@ -128,7 +142,7 @@ def launch(settings: Settings, places: Sequence[Local]) -> list[Any]:
     small = all(place.model.small for place in places)
     prepare_environment(settings, cpu, small)
     # The forked engine core inherits the filters: a deprecation inside vLLM must not end it when warnings are errors.
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), notes():
         warnings.simplefilter("ignore")
         check_names()
         starts = [_Start(settings, place, cpu) for place in places]
@@ -190,8 +204,7 @@ class _Start:
             self.error = error
 
     def _complaint(self, error: Exception) -> StartError:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        complaint = StartError(f"The engine did not start with {self._place.model.path}: {reason}")
+        complaint = StartError(f"The engine did not start with {self._place.model.path}: {told(error)}")
         complaint.__cause__ = error
         return complaint
 

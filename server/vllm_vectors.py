@@ -27,45 +27,90 @@ class LoadedVectors:
         # Users of each loaded vector; the order is that of last use.
         self._users: dict[str, int] = {}
         self._lock = anyio.Lock()
+        self._given = anyio.Event()
 
     @property
     def users(self) -> Mapping[str, int]:
-        """How many jobs use each vector that the worker holds."""
+        """How many jobs and chains use each vector that the worker holds."""
         return self._users
 
     @asynccontextmanager
     async def hold(self, wanted: Mapping[str, Payload]) -> AsyncIterator[None]:
-        """Keep the wanted vectors in the worker for the block. Raises ApiError 503 when all places are in use."""
-        held: list[str] = []
+        """Keep the wanted vectors in the worker for the block, as `take` does."""
+        await self.take(wanted)
         try:
-            for name, payload in wanted.items():
-                if name not in self._users:
-                    await self._load(name, payload, wanted)
-                self._users[name] = self._users.pop(name) + 1
-                held.append(name)
             yield
         finally:
-            for name in held:
-                self._users[name] -= 1
+            self.give(wanted)
 
-    async def _load(self, name: str, payload: Payload, wanted: Mapping[str, Payload]) -> None:
+    async def take(self, wanted: Mapping[str, Payload]) -> None:
+        """Keep the wanted vectors in the worker until they are given back; waits while others use all places.
+
+        For how long is the caller's to say: a request has its deadline. Nothing is kept meanwhile, so nobody waits for
+        each other. Raises ApiError 503 for more vectors than there are places.
+        """
+        if len(wanted) > self._slots:
+            raise _full()
+        if not self._fresh(wanted):
+            self._use(wanted)
+            return
+        # First come, first served: whoever needs a place waits for the lock, or, with the lock, for a place.
+        async with self._lock:
+            while fresh := self._fresh(wanted):
+                if len(self._users) < self._slots or self._idle(wanted):
+                    await self._load(fresh[0], wanted)
+                else:
+                    await self._given.wait()
+            self._use(wanted)
+
+    def give(self, wanted: Mapping[str, Payload]) -> None:
+        """Vectors that were taken are no longer needed."""
+        for name in wanted:
+            self._users[name] -= 1
+        self._given.set()
+        self._given = anyio.Event()
+
+    def _use(self, wanted: Mapping[str, Payload]) -> None:
+        for name in wanted:
+            self._users[name] = self._users.pop(name) + 1
+
+    def _fresh(self, wanted: Mapping[str, Payload]) -> list[str]:
+        return [name for name in wanted if name not in self._users]
+
+    def _idle(self, wanted: Mapping[str, Payload]) -> list[str]:
+        return [name for name, users in self._users.items() if not users and name not in wanted]
+
+    async def _load(self, name: str, wanted: Mapping[str, Payload]) -> None:
         # Shielded: a caller who leaves in the middle must not leave the two sides with different ideas.
         with anyio.CancelScope(shield=True):
-            async with self._lock:
-                if name in self._users:
-                    return
-                if len(self._users) >= self._slots:
-                    await self._make_room(wanted)
-                if not all(await self._call("load", name, dict(payload))):
-                    raise _full()
-                self._users[name] = 0
+            if len(self._users) >= self._slots:
+                idle = self._idle(wanted)[0]
+                del self._users[idle]
+                await self._call("drop", idle)
+            if not all(await self._call("load", name, dict(wanted[name]))):
+                raise _full()
+            self._users[name] = 0
 
-    async def _make_room(self, wanted: Mapping[str, Payload]) -> None:
-        idle = next((name for name, users in self._users.items() if not users and name not in wanted), None)
-        if idle is None:
-            raise _full()
-        del self._users[idle]
-        await self._call("drop", idle)
+
+class Kept:
+    """The vectors of one chain: it keeps them between its segments, lest others take their places meanwhile."""
+
+    def __init__(self, loaded: LoadedVectors) -> None:
+        self._loaded = loaded
+        self._held: Mapping[str, Payload] = {}
+
+    async def change(self, wanted: Mapping[str, Payload]) -> None:
+        """Hold these vectors in place of those before, as `take` does."""
+        # What is loaded and wanted again is taken in the same turn of the event loop.
+        self.release()
+        await self._loaded.take(wanted)
+        self._held = wanted
+
+    def release(self) -> None:
+        """Hold none any more."""
+        held, self._held = self._held, {}
+        if held:
+            self._loaded.give(held)
 
 
 def _full() -> ApiError:

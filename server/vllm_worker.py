@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from thinkserve.server.vllm_refusal import noted
 from thinkserve.server.vllm_worker_report import Later, joined, reported
 from thinkserve.server.vllm_worker_seeds import generators_kept
 
@@ -244,7 +245,8 @@ def _worker(base: type) -> type:
 
         def load_model(self, *args: Any, **kwargs: Any) -> Any:
             loaded = super().load_model(*args, **kwargs)
-            attach(self)
+            with noted():
+                attach(self)
             return loaded
 
         def call_part(self, kind: str, method: str, *args: Any) -> Any:

@@ -2,8 +2,12 @@
 
 A request is guided at its first thinking token and at each one that follows a token with a line break, until the end of
 thinking. There the raw logits become log-probabilities of the guided distribution, times the request's temperature, so
-that the sampler, which divides by it, draws from the distribution as published; masks, grammars and bans act after
+that the sampler, which divides by it, draws from the distribution as published; masks, grammars and biases act after
 that, and so do top-p, top-k and penalties, which the paper's code skips. Rows that are not guided are not written.
+
+A token that guidance leaves (next to) nothing is written as the model has it, BELOW what is guided and at most SPREAD
+further down. Such tokens are exp(-BELOW / temperature) of all draws, 1e-11 where it is 2; where masks leave no others,
+the model's own order counts; and as a whole row lies closer together than 100, a bias of 100 forces, of -100 bans any.
 """
 
 from __future__ import annotations
@@ -23,17 +27,21 @@ from thinkserve.server.vllm_worker import Step
 from thinkserve.server.vllm_worker_states import States, graft_norms
 
 GUIDE = "guide"
-# Below this a probability is 0 beside any guided token; where masks leave none of those, the model's own order counts.
-EXCLUDED = -1e4
+# Distances of logits, before the sampler divides them by the temperature. Their sum is less than a bias may be.
+BELOW, SPREAD = 50.0, 35.0
 
 
 @dataclass(slots=True)
 class _Guided:
-    """One request: thinking is open from position `start` on (None: not yet), for `budget` tokens."""
+    """One request: thinking is open from position `start` on (None: not yet), for `budget` tokens.
+
+    Where earlier jobs have `begun` it, what stands before `start` is thinking too, and a line may go on there.
+    """
 
     budget: int
     temperature: float
     start: int | None
+    begun: bool
     closed: bool = False
 
     def see(self, position: int, token: int, open_: int, close: int) -> None:
@@ -45,7 +53,10 @@ class _Guided:
 
 
 class Guidance:
-    """Implements Part. A request's `guide` is {"budget", "start", "open"}; open: -1 where thinking begins at start."""
+    """Implements Part. A request's `guide` is {"budget", "start", "open", "begun"}.
+
+    open: -1 where thinking is open at start; begun: there are tokens of it before that.
+    """
 
     def __init__(self, predictor: Predictor, about: About, states: States) -> None:
         self._predictor = predictor
@@ -72,7 +83,8 @@ class Guidance:
         opens = int(wanted["open"])
         start = int(wanted["start"])
         # A greedy sampler divides by nothing.
-        state = _Guided(int(wanted["budget"]), params.temperature or 1.0, start if opens < 0 else None)
+        begins = start if opens < 0 else None
+        state = _Guided(int(wanted["budget"]), params.temperature or 1.0, begins, bool(wanted["begun"]))
         for position, token in enumerate(tokens[start:], start):
             state.see(position, token, opens, self._close)
         self._asked[request_id] = state, opens
@@ -102,13 +114,13 @@ class Guidance:
     def _at_line_start(self, state: _Guided, position: int, token: int) -> bool:
         if state.start is None or state.closed or position + 1 < state.start:
             return False
-        return position + 1 == state.start or token in self._newlines
+        return token in self._newlines or (position + 1 == state.start and not state.begun)
 
     def logits(self, step: Step, logits: Tensor) -> Tensor:
         """Replace the guided rows of logits [requests, vocabulary + padding]."""
         if not self._rows:
             return logits
-        # As the sampler will have them: at EXCLUDED, 16 bits would not tell one token from another.
+        # As the sampler will have them: so far from 0, 16 bits would not tell one token from another.
         logits = logits.float()
         alpha, rate = self._predictor(self._states.taken())
         device, vocabulary = logits.device, alpha.shape[-1]
@@ -116,10 +128,7 @@ class Guidance:
         raw = logits[rows, :vocabulary]
         remaining = torch.tensor(self._remaining, device=device)
         guided = guide(raw, alpha, rate, remaining, lam_min=self._lam_min)
-        fallback = EXCLUDED + raw.log_softmax(-1)
-        written = torch.where(guided > EXCLUDED, guided, fallback)
-        written *= torch.tensor(self._temperature, device=device)[:, None]
-        logits[rows, :vocabulary] = written
+        logits[rows, :vocabulary] = written(guided, raw, torch.tensor(self._temperature, device=device))
         logits[rows, vocabulary:] = float("-inf")
         self._rows = []
         return logits
@@ -132,6 +141,15 @@ class Guidance:
         """A dummy pass: no row is anybody's."""
         self._rows = []
         self._states.want([])
+
+
+def written(guided: Tensor, raw: Tensor, temperature: Tensor) -> Tensor:
+    """Logits [rows, V] to sample from: `guided` log-probabilities times `temperature` [rows], no token too far down.
+
+    Raw logits of -inf, which nobody may draw, stay -inf.
+    """
+    own = (temperature[:, None] * raw.log_softmax(-1)).clamp_min(-SPREAD).masked_fill(raw.isneginf(), float("-inf"))
+    return torch.maximum(temperature[:, None] * guided, own - BELOW)
 
 
 def make(worker: Any, model: Any, options: Mapping[str, Any]) -> Guidance:

@@ -17,6 +17,7 @@ from thinkserve.server.choice import HEADER, Choice
 from thinkserve.server.plan import Outcome, Plan, Usage
 from thinkserve.server.protocol import ChatRequest
 from thinkserve.server.text_out import TextOut
+from thinkserve.server.trace_types import TraceEvent
 from thinkserve.server.wire_types import (
     Chunk,
     ChunkDelta,
@@ -59,7 +60,7 @@ def completion(
         "usage": usage(plan, outcome.usage, outcome.answer),
     }
     if wants_report(plan, chat, outcome.answer):
-        body["strategy"] = report(plan, outcome.answer)
+        body["strategy"] = traced_report(plan, chat, outcome)
     return body
 
 
@@ -92,13 +93,7 @@ class Chunks:
     def progress(self, event: Event, seq: int, t_ms: float) -> Chunk:
         """An empty delta that carries an event of the race."""
         chunk = self._chunk({})
-        chunk["strategy_event"] = {
-            "seq": seq,
-            "t_ms": round(t_ms, 1),
-            "type": event.type,
-            "chain": event.chain,
-            "data": {key: jsonable(value) for key, value in event.data.items()},
-        }
+        chunk["strategy_event"] = {"seq": seq, "t_ms": round(t_ms, 1), **traced(event)}
         return chunk
 
     def finish(self, outcome: Outcome, *, stopped: bool = False) -> Chunk:
@@ -106,7 +101,7 @@ class Chunks:
         self._answer = outcome.answer
         chunk = self._chunk({}, finish_reason(outcome.answer, stopped=stopped))
         if wants_report(self._plan, self._chat, outcome.answer):
-            chunk["strategy"] = report(self._plan, outcome.answer)
+            chunk["strategy"] = traced_report(self._plan, self._chat, outcome)
         return chunk
 
     def usage(self, counts: Usage) -> Chunk:
@@ -168,7 +163,9 @@ def usage(plan: Plan, counts: Usage, answer: Answer | None) -> UsageReport:
 
 
 def _add_helpers(spent: StrategyUsage, counts: Usage) -> None:
-    """What other models than the target did, if they did anything."""
+    """What others than the target did, we and the other models, if they did anything."""
+    if counts.injected_tokens:
+        spent["injected_tokens"] = counts.injected_tokens
     if counts.draft_tokens:
         spent["draft_tokens"] = counts.draft_tokens
     if counts.prm_passes:
@@ -179,8 +176,21 @@ def _add_helpers(spent: StrategyUsage, counts: Usage) -> None:
         spent["cache_hit_ratio"] = round(counts.cache_hit_ratio, 4)
 
 
+def traced_report(plan: Plan, chat: ChatRequest, outcome: Outcome) -> StrategyReport:
+    """The response's `strategy` object, with the log for those who ask for a summary."""
+    written = report(plan, outcome.answer)
+    if chat.choice is not None and chat.choice.trace == "summary":
+        written["trace"] = {"events": [traced(each) for each in outcome.log.events], "omitted": outcome.log.omitted}
+    return written
+
+
+def traced(event: Event) -> TraceEvent:
+    """An event as JSON."""
+    return {"type": event.type, "chain": event.chain, "data": {key: jsonable(item) for key, item in event.data.items()}}
+
+
 def report(plan: Plan, answer: Answer) -> StrategyReport:
-    """The response's `strategy` object."""
+    """The decision and what led to it."""
     written: StrategyReport = {
         "name": plan.strategy.id,
         "version": plan.strategy.version,

@@ -9,6 +9,8 @@ from typing import Any, Literal, NotRequired
 from typing_extensions import TypedDict
 
 from thinkserve.server.modifier_types import ModifierCard, OverReport
+from thinkserve.server.trace_types import TraceReport
+from thinkserve.strategies.engine import StoppedBy
 
 FinishReason = Literal["stop", "length"]
 
@@ -59,11 +61,12 @@ class StrategyReport(TypedDict):
     preset: str | None
     params: dict[str, Any]
     decision: Decision
-    stopped_by: str
+    stopped_by: StoppedBy
     warnings: list[str]
     trace_id: str
     steer: NotRequired[list[SteerReport]]
     over: NotRequired[list[OverReport]]
+    trace: NotRequired[TraceReport]
 
 
 class Chains(TypedDict):
@@ -78,18 +81,20 @@ class StrategyUsage(TypedDict):
     """Where the tokens went; repeats what clients need that keep nothing but `usage`.
 
     Tokens that the guide (draft) and the verifier generated are part of the completion; those that the reward model
-    (prm) read are not. What another model did not do is left out, and so is the cache's share when one job ran.
+    (prm) read are not, nor are injected ones: words of ours in the completion. What was not done is left out, and so is
+    the cache's share when one job ran.
     """
 
     name: str
     winner: int | None
-    stopped_by: str | None
+    stopped_by: StoppedBy | None
     trace_id: str
     winner_completion_tokens: int
     wasted_tokens: int
     chains: Chains
     wall_ms: float
     ttft_ms: float | None
+    injected_tokens: NotRequired[int]
     draft_tokens: NotRequired[int]
     prm_tokens: NotRequired[int]
     prm_passes: NotRequired[int]

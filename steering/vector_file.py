@@ -18,6 +18,7 @@ from typing import Any
 MAX_BYTES = 64 * 2**20
 MAX_HEADER_BYTES = 64 * 1024
 MAX_HIDDEN = 2**16
+MAX_DEPTH = 64  # of what is said about a vector
 # Beyond these the vector does nothing, or every state that it is added to overflows in 16 bits.
 NORMS = (1e-6, 1e6)
 CONVENTION = "output of block n, counted from 0; raw vector, added as scale * vector"
@@ -95,7 +96,10 @@ def serialize(file: VectorFile) -> bytes:
 def _header(raw: bytes) -> dict[str, Any]:
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+    except BadVector:
+        raise
+    except (ValueError, RecursionError):
+        # Not only what is no JSON and no UTF-8: Python reads no integer of more than 4300 digits.
         raise BadVector("not a safetensors file: its header is not JSON") from None
     if not isinstance(header, dict):
         raise BadVector("not a safetensors file: its header is not an object")
@@ -149,13 +153,37 @@ def _checked(name: str, vector: memoryview[float]) -> memoryview[float]:
 def _about(metadata: object) -> dict[str, Any]:
     text = metadata.get(ABOUT, "{}") if isinstance(metadata, dict) else "{}"
     try:
-        about = json.loads(text, parse_constant=_no_constant)
+        about = json.loads(text, parse_constant=_number, parse_float=_number, parse_int=_integer)
+        # Half of a surrogate pair can be read, but never be sent on.
+        json.dumps(about, ensure_ascii=False).encode("utf-8")
     except (TypeError, ValueError, RecursionError):
-        raise BadVector("the file's metadata are not JSON") from None
+        raise BadVector("the file's metadata are not JSON, or hold what cannot be sent as JSON") from None
     if not isinstance(about, dict):
         raise BadVector("the file's metadata are not a JSON object")
+    if _deeper_than(MAX_DEPTH, about):
+        raise BadVector(f"the file's metadata are nested more than {MAX_DEPTH} levels deep")
     return about
 
 
-def _no_constant(literal: str) -> float:
-    raise ValueError(literal)
+def _number(literal: str) -> float:
+    """ValueError for NaN, infinities, and what overflows to them."""
+    if not math.isfinite(value := float(literal)):
+        raise ValueError(literal)
+    return value
+
+
+def _integer(literal: str) -> int:
+    """ValueError beyond 64 bits, where numbers of other languages end."""
+    if abs(value := int(literal)) >= 2**64:
+        raise ValueError(literal)
+    return value
+
+
+def _deeper_than(most: int, value: Any) -> bool:
+    level: list[Any] = [value]
+    for _ in range(most):
+        items = (item for each in level for item in (each.values() if isinstance(each, dict) else each))
+        level = [item for item in items if isinstance(item, dict | list)]
+        if not level:
+            return False
+    return True

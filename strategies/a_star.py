@@ -25,7 +25,7 @@ from typing import Literal
 from pydantic import Field
 
 from thinkserve.strategies.engine import Answer, Emit, Engine, Task
-from thinkserve.strategies.registry import strategy
+from thinkserve.strategies.registry import Supports, strategy
 from thinkserve.strategies.rewards import RewardOptions
 from thinkserve.strategies.tree import Tree
 from thinkserve.strategies.tree_budget import TreeOptions, limits
@@ -59,7 +59,14 @@ CHANGE: dict[Edge, Callable[[float], float]] = {
 }
 
 
-@strategy("a-star", title="A*-decoding", options=AStarOptions, reference="arXiv:2505.13672", roles=("target", "reward"))
+@strategy(
+    "a-star",
+    title="A*-decoding",
+    options=AStarOptions,
+    reference="arXiv:2505.13672",
+    roles=("target", "reward"),
+    supports=Supports(parts=True),
+)
 async def run(task: Task, engine: Engine, emit: Emit, options: AStarOptions) -> Answer:
     """Best-first search over steps by a process reward model; the first complete solution reached answers."""
     bounds = limits(task, engine, options, expansions=options.max_expansions, nodes=options.max_open)

@@ -19,7 +19,7 @@ from itertools import cycle, islice
 from pydantic import Field
 
 from thinkserve.strategies.engine import Answer, Emit, Engine, Task
-from thinkserve.strategies.registry import strategy
+from thinkserve.strategies.registry import Supports, strategy
 from thinkserve.strategies.rewards import RewardOptions
 from thinkserve.strategies.tree import Tree
 from thinkserve.strategies.tree_budget import TreeOptions, limits
@@ -39,7 +39,14 @@ class BeamOptions(RewardOptions, TreeOptions):
         return self.n
 
 
-@strategy("beam", title="Beam search", options=BeamOptions, reference="arXiv:2408.03314", roles=("target", "reward"))
+@strategy(
+    "beam",
+    title="Beam search",
+    options=BeamOptions,
+    reference="arXiv:2408.03314",
+    roles=("target", "reward"),
+    supports=Supports(parts=True),
+)
 async def run(task: Task, engine: Engine, emit: Emit, options: BeamOptions) -> Answer:
     """n solutions grow step by step; after each step the best are kept and replicated."""
     tree = Tree(task, engine, emit, limits(task, engine, options), options.aggregate)

@@ -20,7 +20,7 @@ from math import ceil
 from pydantic import Field
 
 from thinkserve.strategies.controls import Guide
-from thinkserve.strategies.engine import Answer, Chain, Emit, Engine, Event, Finish, Job, Task, Tokens
+from thinkserve.strategies.engine import Answer, Chain, Control, Emit, Engine, Event, Finish, Job, Task, Tokens
 from thinkserve.strategies.errors import BadOptions
 from thinkserve.strategies.pieces import Transcript, injected, write
 from thinkserve.strategies.registry import Options, Supports, strategy
@@ -47,6 +47,10 @@ class GuidanceOptions(Options):
         default="\n\nThe answer is", max_length=200, description="How the answer begins where the end was forced."
     )
 
+    def controls(self) -> tuple[Control, ...]:
+        """The guide towards the strategy's own budget; without one it is the request's that counts."""
+        return () if self.budget is None else (Guide(self.budget),)
+
 
 @strategy(
     "budget-guidance",
@@ -54,6 +58,7 @@ class GuidanceOptions(Options):
     options=GuidanceOptions,
     reference="arXiv:2506.13752",
     supports=Supports(over=True),
+    needs=("guidance",),
 )
 async def run(task: Task, engine: Engine, emit: Emit, options: GuidanceOptions) -> Answer:
     """One chain whose thinking is guided towards a length, and ended there if need be."""

@@ -13,7 +13,7 @@ from thinkserve.strategies.engine import TokenStats
 
 
 class Mean:
-    """The mean of all values so far, in constant memory; 0 without any."""
+    """The mean of all values so far, in constant memory; 0 without any. What is not a number is no value."""
 
     __slots__ = ("_lost", "_sum", "count")
 
@@ -30,6 +30,8 @@ class Mean:
     def extend(self, values: Iterable[float]) -> None:
         """Take more values; what each addition rounds off is kept (Neumaier), so long chains do not drift."""
         for value in values:
+            if isnan(value):
+                continue
             total = self._sum + value
             large, small = (self._sum, value) if abs(self._sum) >= abs(value) else (value, self._sum)
             rest = (large - total) + small

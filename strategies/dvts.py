@@ -11,11 +11,12 @@ also run at their own pace: none waits for another's slowest step.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from thinkserve.strategies.engine import Answer, Emit, Engine, Task
-from thinkserve.strategies.registry import strategy
+from thinkserve.strategies.registry import Supports, strategy
 from thinkserve.strategies.rewards import RewardOptions
 from thinkserve.strategies.together import together
 from thinkserve.strategies.tree import Tree
@@ -28,8 +29,21 @@ class DvtsOptions(RewardOptions, TreeOptions):
     """Parameters of diverse verifier tree search."""
 
     n: int = Field(default=8, ge=1, le=64, description="How many steps are written side by side, in all subtrees.")
-    m: int = Field(default=4, ge=1, le=64, description="Steps of one subtree, of which the best is kept; divides n.")
+    m: int = Field(
+        default=4,
+        ge=1,
+        le=64,
+        description="Steps of one subtree, of which the best is kept; divides n. Left out, 4, or less if 4 does not.",
+    )
     select: Select = Field(default="weighted", description=SELECT)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _m_left_out(cls, given: Any) -> Any:
+        # Validators of a field do not look at its default.
+        if isinstance(given, dict) and "m" not in given and isinstance(n := given.get("n"), int):
+            return {**given, "m": next(m for m in (4, 3, 2, 1) if n % m == 0)}
+        return given
 
     @field_validator("m")
     @classmethod
@@ -43,7 +57,14 @@ class DvtsOptions(RewardOptions, TreeOptions):
         return self.n
 
 
-@strategy("dvts", title="DVTS", options=DvtsOptions, reference="arXiv:2408.03314", roles=("target", "reward"))
+@strategy(
+    "dvts",
+    title="DVTS",
+    options=DvtsOptions,
+    reference="arXiv:2408.03314",
+    roles=("target", "reward"),
+    supports=Supports(parts=True),
+)
 async def run(task: Task, engine: Engine, emit: Emit, options: DvtsOptions) -> Answer:
     """Independent subtrees, in each of which the best of m steps is gone on with."""
     tree = Tree(task, engine, emit, limits(task, engine, options), options.aggregate)

@@ -21,6 +21,8 @@ from thinkserve.strategies.sentences import Sentences
 from thinkserve.strategies.splice import Modified, Splice
 from thinkserve.strategies.text import Phases
 
+# So many tokens tell whether a text ends with a blank line.
+LINE_END = 4
 SENTENCE = "I have thought about this long enough; I will answer with what I have."
 
 
@@ -51,13 +53,15 @@ class Thought:
         self._modified = modified
         self._phases = Phases(self.info, modified.task.phase)
         known = len(modified.task.prompt)
-        if job.prompt[:known] == modified.task.prompt:
-            # A job that goes on where a chain was left may be in its answer already.
-            self._phases.push(job.prompt[known:])
+        # What the chain holds already, where a job goes on with it; it may be in its answer.
+        self.before = job.prompt[known:] if job.prompt[:known] == modified.task.prompt else ()
+        self._phases.push(self.before)
         self._start = self._phases.length
         small = self.info.context < FULL_CONTEXT
         self._sentence = ("" if small else SENTENCE) if sentence is None else sentence
-        self._sentences, self._tail = Sentences(modified), ""
+        self._sentences = Sentences(modified)
+        self._sentences.ended(self.before[-LINE_END:])
+        self._tail = self._sentences.text[-2:]
         self._ending: Ending | None = None
         self._decided, self._longest_sentence = 0, scaled(256, self.info.context)
         self._news: list[Event] = []
@@ -136,8 +140,9 @@ class Thought:
 
     def _splice(self, ending: Ending, keep: int, room: int) -> Splice | None:
         self._ending = None
-        tokens = self._words(ending)
-        if not tokens or keep + len(tokens) >= room:
+        bare = self.info.think_close if ending.kind == "forced" else ()
+        tokens = next((each for each in (self._words(ending), bare) if each and keep + len(each) < room), ())
+        if not tokens:
             # There is no place for it and an answer: let the chain run into its limit.
             self.close()
             return None

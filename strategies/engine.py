@@ -277,7 +277,7 @@ class Piece:
     top: tuple[tuple[tuple[int, float], ...], ...] = ()
 
 
-StoppedBy = Literal["all_done", "m_reached", "ceiling", "deadline", "length", "error"]
+StoppedBy = Literal["all_done", "m_reached", "budget", "deadline", "length", "error"]
 
 
 @dataclass(frozen=True, slots=True)

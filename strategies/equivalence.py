@@ -39,7 +39,7 @@ class Equivalence:
         return bool(await self.decide(a, b))
 
     async def decide(self, a: str, b: str) -> bool | None:
-        """As `equal`, and None when math-verify ran out of time or died."""
+        """As `equal`, and None when math-verify ran out of time, died or did not start."""
         verdict = same_text_or_number(a, b)
         if verdict is not None or self._worker is None:
             return bool(verdict)
@@ -47,6 +47,8 @@ class Equivalence:
         if (first, second) in self._known:
             self._known.move_to_end((first, second))
             return self._known[first, second]
+        if not await self.warm():
+            return None  # says nothing of these two: not to be remembered
         ask = partial(self._worker.ask, [first, second], self.time_limit)
         answer = await to_thread.run_sync(ask, abandon_on_cancel=True, limiter=_one_at_a_time())
         self._known[first, second] = bool(answer)
@@ -68,10 +70,11 @@ class Equivalence:
 
         return equal
 
-    async def warm(self) -> None:
-        """Start the worker now, so that the first vote need not wait for it."""
-        if self._worker is not None:
-            await to_thread.run_sync(self._worker.start, abandon_on_cancel=True, limiter=_one_at_a_time())
+    async def warm(self) -> bool:
+        """Start the worker now, so that the first vote need not wait for it; whether it runs."""
+        if self._worker is None:
+            return False
+        return await to_thread.run_sync(self._worker.start, abandon_on_cancel=True, limiter=_one_at_a_time())
 
     def close(self) -> None:
         """End the worker; a later comparison starts a new one."""

@@ -22,7 +22,7 @@ from math import log, sqrt
 from pydantic import Field
 
 from thinkserve.strategies.engine import Answer, Emit, Engine, Task
-from thinkserve.strategies.registry import strategy
+from thinkserve.strategies.registry import Supports, strategy
 from thinkserve.strategies.rewards import RewardOptions, mean
 from thinkserve.strategies.tree import Tree
 from thinkserve.strategies.tree_budget import TreeOptions, limits
@@ -50,7 +50,14 @@ class MctsOptions(RewardOptions, TreeOptions):
         return self.width
 
 
-@strategy("mcts", title="MCTS", options=MctsOptions, reference="arXiv:2502.07191", roles=("target", "reward"))
+@strategy(
+    "mcts",
+    title="MCTS",
+    options=MctsOptions,
+    reference="arXiv:2502.07191",
+    roles=("target", "reward"),
+    supports=Supports(parts=True),
+)
 async def run(task: Task, engine: Engine, emit: Emit, options: MctsOptions) -> Answer:
     """Monte-Carlo tree search over steps by a process reward model, committing to one step after the other."""
     bounds = limits(task, engine, options, expansions=options.max_expansions)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from thinkserve.strategies.engine import Emit, Engine, Role, Task
-from thinkserve.strategies.registry import Entry, Options, discover, slug, summary
+from thinkserve.strategies.registry import Entry, Options, Strategy, discover, slug, summary
 from thinkserve.strategies.splice import Modified
 
 
@@ -30,11 +30,15 @@ class Make(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Modifier(Entry):
-    """A registered modifier; `roles` are the models that it needs beside the target."""
+    """A registered modifier; `roles` are the models that it needs beside the target.
+
+    `resumes`: it knows from a job's prompt what it has to know of the chain that the job goes on.
+    """
 
     make: Make
     reference: str | None = None
     roles: tuple[Role, ...] = ()
+    resumes: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,7 @@ def modifier(
     options: type[Options],
     reference: str | None = None,
     roles: tuple[Role, ...] = (),
+    resumes: bool = False,
 ) -> Callable[[M], M]:
     """Register what it decorates; the first line of its docstring is the summary. ValueError on a bad or taken id."""
     slug(id)
@@ -63,7 +68,7 @@ def modifier(
     def register(make: M) -> M:
         if id in _modifiers:
             raise ValueError(f"modifier name {id!r} is already taken")
-        _modifiers[id] = Modifier(id, title or id, summary(make), options, make, reference, roles)
+        _modifiers[id] = Modifier(id, title or id, summary(make), options, make, reference, roles, resumes)
         return make
 
     return register
@@ -73,6 +78,16 @@ def modifiers() -> Mapping[str, Modifier]:
     """All modifiers by id, sorted."""
     discover()
     return dict(sorted(_modifiers.items()))
+
+
+def misfit(modifier: Modifier, strategy: Strategy) -> str | None:
+    """Why the modifier cannot lie below the strategy, in words for the caller; None if it can."""
+    supports = strategy.supports
+    if supports.over or (supports.parts and modifier.resumes):
+        return None
+    if supports.parts:
+        return f"Modifier {modifier.id!r} follows whole chains; strategy {strategy.id!r} writes each in several jobs"
+    return f"Strategy {strategy.id!r} takes no modifiers"
 
 
 def layered(engine: Engine, task: Task, emit: Emit, layers: Sequence[Layer]) -> tuple[Engine, list[Modified]]:

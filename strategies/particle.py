@@ -16,7 +16,7 @@ their weights are alike (from its_hub's entropic particle filter).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import exp, fsum, log
 from random import Random
@@ -24,8 +24,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from thinkserve.strategies.engine import Answer, Emit, Engine, Task
-from thinkserve.strategies.errors import Unsupported
+from thinkserve.strategies.engine import Answer, Emit, Engine, Role, Task
+from thinkserve.strategies.errors import EngineDead, EngineFailed, Unsupported
 from thinkserve.strategies.registry import strategy
 from thinkserve.strategies.rewards import RewardOptions
 from thinkserve.strategies.tree import Tree
@@ -57,18 +57,25 @@ class ParticleOptions(RewardOptions, TreeOptions):
         """All particles move at once."""
         return self.n
 
+    def roles(self) -> Mapping[str, Role]:
+        """A reward model where rewards are asked for; who asks for nothing gets on without."""
+        return {"weights": "reward"} if self.weights in ("odds", "softmax") else {}
+
 
 @strategy("particle", title="Particle filtering", options=ParticleOptions, reference="arXiv:2502.01618")
 async def run(task: Task, engine: Engine, emit: Emit, options: ParticleOptions) -> Answer:
     """n solutions grow step by step and are resampled by their weights, with or without a reward model."""
-    kind = options.weights or ("odds" if rewarding(engine) else "self")
-    if kind != "self":
-        engine.info("reward")
+    lacking = None if options.weights == "self" else await lack(engine, task.question)
+    kind = options.weights or ("self" if lacking else "odds")
+    if lacking is not None and options.weights is not None:
+        raise lacking
     bounds = limits(task, engine, options)
     if kind == "self":
         # Nothing is scored, so nothing is bounded by it.
         bounds = replace(bounds, passes=None)
     tree = Tree(task, engine, emit, bounds, options.aggregate, logprobs=kind == "self")
+    if isinstance(lacking, EngineFailed):
+        tree.warn("the reward model is not available; particles weigh what their own log-probabilities say")
     rng = Random(task.seed)
     particles = [await tree.start()] * options.n
 
@@ -97,13 +104,18 @@ async def _resampled(tree: Tree, particles: Sequence[Node], counts: Sequence[int
     return kept
 
 
-def rewarding(engine: Engine) -> bool:
-    """Whether there is a reward model."""
+async def lack(engine: Engine, question: str) -> EngineFailed | Unsupported | None:
+    """Why there is nothing to be had of a reward model, if so: a score of no path tells whether it is there."""
     try:
         engine.info("reward")
-    except Unsupported:
-        return False
-    return True
+        await engine.score(question, [])
+    except EngineDead:
+        raise
+    except (EngineFailed, Unsupported) as error:
+        return error
+    except TimeoutError:
+        pass  # The request has ended already, and whoever writes will hear of it.
+    return None
 
 
 def log_potential(kind: Weights, reward: float, logprobs: Sequence[float]) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from thinkserve.strategies.engine import Delta, Emit, ModelInfo, Phase, Piece, Tokens
+from math import nan
+
+from thinkserve.strategies.engine import Delta, Emit, ModelInfo, Phase, Piece, Tokens, TokenStats
 from thinkserve.strategies.text import Phases
 
 
@@ -60,6 +62,14 @@ async def write(delta: Delta, transcript: Transcript, emit: Emit) -> None:
         await emit(piece)
 
 
-def injected(tokens: Tokens, logprobs: int | None) -> Delta:
-    """Tokens that nobody drew: certain, so of log-probability 0, without alternatives; `logprobs` as in the Job."""
-    return Delta(tokens, (0.0,) * len(tokens), ((),) * len(tokens) if logprobs else ())
+UNKNOWN = TokenStats(nan, nan, nan, nan)
+
+
+def injected(tokens: Tokens, logprobs: int | None, *, stats: bool = False) -> Delta:
+    """Tokens that nobody drew: certain, so of log-probability 0, without alternatives; `logprobs` as in the Job.
+
+    With `stats` those of each are not known, for there was no step of the model that could have them.
+    """
+    count = len(tokens)
+    unknown = (UNKNOWN,) * count if stats else ()
+    return Delta(tokens, (0.0,) * count, ((),) * count if logprobs else (), stats=unknown)

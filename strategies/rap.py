@@ -23,8 +23,8 @@ from math import exp, isnan, log, sqrt
 from pydantic import Field
 
 from thinkserve.strategies.engine import Answer, Emit, Engine, Event, Task
-from thinkserve.strategies.errors import EngineDead, EngineFailed, TooLong
-from thinkserve.strategies.registry import strategy
+from thinkserve.strategies.errors import EngineDead, EngineFailed, TooLong, Unsupported
+from thinkserve.strategies.registry import Supports, strategy
 from thinkserve.strategies.rewards import mean
 from thinkserve.strategies.text import answer_of, final_number
 from thinkserve.strategies.together import together
@@ -57,7 +57,14 @@ class RapOptions(TreeOptions):
         return self.samples
 
 
-@strategy("rap", title="RAP", options=RapOptions, reference="arXiv:2305.14992", roles=("target", "verifier"))
+@strategy(
+    "rap",
+    title="RAP",
+    options=RapOptions,
+    reference="arXiv:2305.14992",
+    roles=("target", "verifier"),
+    supports=Supports(parts=True),
+)
 async def run(task: Task, engine: Engine, emit: Emit, options: RapOptions) -> Answer:
     """Monte-Carlo tree search rewarded by usefulness, as a yes or no question, and by agreement of samples."""
     tree = Tree(task, engine, emit, limits(task, engine, options))
@@ -136,7 +143,7 @@ class Plan:
             odds = await self._verifier.ask(filled(self._options.ask, **parts))
         except EngineDead:
             raise
-        except (EngineFailed, TooLong) as error:
+        except (EngineFailed, TooLong, Unsupported) as error:
             tree.warn(f"a step was not judged: {error}")
             return UNDECIDED
         return UNDECIDED if isnan(odds) else 1 / (1 + exp(-odds))

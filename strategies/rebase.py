@@ -19,7 +19,7 @@ from math import ceil, exp
 from pydantic import Field
 
 from thinkserve.strategies.engine import Answer, Emit, Engine, Task
-from thinkserve.strategies.registry import strategy
+from thinkserve.strategies.registry import Supports, strategy
 from thinkserve.strategies.rewards import RewardOptions
 from thinkserve.strategies.tree import Tree
 from thinkserve.strategies.tree_budget import TreeOptions, limits
@@ -48,7 +48,14 @@ class RebaseOptions(RewardOptions, TreeOptions):
         return self.width
 
 
-@strategy("rebase", title="REBASE", options=RebaseOptions, reference="arXiv:2408.00724", roles=("target", "reward"))
+@strategy(
+    "rebase",
+    title="REBASE",
+    options=RebaseOptions,
+    reference="arXiv:2408.00724",
+    roles=("target", "reward"),
+    supports=Supports(parts=True),
+)
 async def run(task: Task, engine: Engine, emit: Emit, options: RebaseOptions) -> Answer:
     """A fixed number of proposals, shared out over all open steps by their rewards."""
     tree = Tree(task, engine, emit, limits(task, engine, options), options.aggregate)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
@@ -22,7 +22,7 @@ from thinkserve.strategies.errors import UnknownStrategy
 
 GROUP = "thinkserve.strategies"
 StreamMode = Literal["winner", "leader", "none"]
-Need = Literal["steering"]
+Need = Literal["steering", "guidance"]
 
 
 class Options(BaseModel):
@@ -38,18 +38,24 @@ class Options(BaseModel):
         """Controls that the strategy will put on jobs with these options: checked before the request is admitted."""
         return ()
 
+    def roles(self) -> Mapping[str, Role]:
+        """Roles that these options need beyond the strategy's own, by the parameter that asks: checked likewise."""
+        return {}
+
 
 @dataclass(frozen=True, slots=True)
 class Supports:
     """What a request may combine with the strategy; shown in discovery and enforced at the edge.
 
-    `over`: its chains are whole jobs or chains of the engine, so that modifiers may lie below it.
+    `over`: its chains are whole jobs or chains of the engine, so that modifiers may lie below it. `parts`: it writes a
+    chain in several jobs, each on the task's prompt and what the chain holds; modifiers that can resume may lie below.
     """
 
     stream: tuple[StreamMode, ...] = ("winner", "none")
     logprobs: bool = True
     seed: bool = True
     over: bool = False
+    parts: bool = False
 
 
 class Run(Protocol):

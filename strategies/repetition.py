@@ -5,9 +5,10 @@
     while a period is followed: does the token equal the one a period before?
     the same block `repeats` times back to back is a loop
 
-Hashes are polynomial in the tokens, so the hash of any stretch is a difference of two prefixes. A token costs one
-look-up; a new period a few comparisons more. The rule is TrimR's (arXiv:2505.17155, section 3.3), with its loop ended
-instead of the request.
+Of a job that goes on with a chain the end of what the chain holds is looked at first, so that a loop may be spread over
+many jobs. Hashes are polynomial in the tokens, so the hash of any stretch is a difference of two prefixes. A token
+costs one look-up; a new period a few comparisons more. The rule is TrimR's (arXiv:2505.17155, section 3.3), with its
+loop ended instead of the request.
 """
 
 from __future__ import annotations
@@ -35,6 +36,11 @@ class Repetition:
         self._hashes, self._powers = [0], [1]
         self._seen: dict[int, int] = {}
         self._period = self._run = 0
+
+    @property
+    def reach(self) -> int:
+        """How many tokens the longest loop takes: what came before them says nothing."""
+        return self._most * self._repeats
 
     def push(self, token: int) -> int | None:
         """Take the next token; the length of the block when it completes a loop."""
@@ -95,7 +101,13 @@ class GuardOptions(EndingOptions):
     )
 
 
-@modifier("repetition-guard", title="Repetition guard", options=GuardOptions, reference="arXiv:2505.17155")
+@modifier(
+    "repetition-guard",
+    title="Repetition guard",
+    options=GuardOptions,
+    reference="arXiv:2505.17155",
+    resumes=True,
+)
 class RepetitionGuard(Modified):
     """Ends the thinking of a chain that has begun to repeat itself."""
 
@@ -113,6 +125,8 @@ class _Guarded(Thought):
     def __init__(self, modified: Modified, job: Job, options: GuardOptions) -> None:
         super().__init__(modified, job, options.sentence)
         self._repetition = detector(self.info.context, options.min_block, options.max_block, options.repeats)
+        for token in self.before[-self._repetition.reach :]:
+            self._repetition.push(token)
 
     def take(self, token: int, text: str) -> None:
         if self._repetition.push(token):

@@ -9,6 +9,7 @@ from thinkserve.strategies.chain import continued
 from thinkserve.strategies.chains import Lane, Race
 from thinkserve.strategies.engine import Answer, Event, Finish, Piece, StoppedBy, Tokens
 from thinkserve.strategies.pieces import injected
+from thinkserve.strategies.single import STOPPED_BY
 from thinkserve.strategies.text import answer_of
 from thinkserve.strategies.voting import Ballot, Verdict, vote
 
@@ -99,7 +100,7 @@ async def _force(race: Race, lane: Lane, room: int) -> Answer:
             finish = delta.finish or finish
             if delta.tokens:
                 await race.emit(Piece("answer", delta.tokens, delta.logprobs, delta.top))
-    stopped_by: StoppedBy = "ceiling" if finish == "ceiling" else "deadline" if finish == "deadline" else "length"
+    stopped_by = STOPPED_BY.get(finish, "length")
     return Answer(tokens, finish, lane.index, stopped_by, FORCED, {}, (*race.warnings, FORCED))
 
 
@@ -136,7 +137,7 @@ def _cut(pieces: Sequence[Piece], count: int, eos: Tokens) -> list[Piece]:
 def _stopped_by(race: Race, winner: Lane, short_of_members: bool) -> StoppedBy:
     finishes = {lane.finish for lane in race.lanes}
     if "ceiling" in finishes:
-        return "ceiling"
+        return "budget"
     if "deadline" in finishes:
         return "deadline"
     if any(lane.dropped for lane in race.lanes):

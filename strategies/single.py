@@ -30,4 +30,4 @@ async def stream_chain(job: Job, phase: Phase | None, engine: Engine, emit: Emit
     return Answer(tuple(transcript.tokens), finish, stopped_by=STOPPED_BY.get(finish, "all_done"))
 
 
-STOPPED_BY: dict[Finish, StoppedBy] = {"ceiling": "ceiling", "deadline": "deadline", "length": "length"}
+STOPPED_BY: dict[Finish, StoppedBy] = {"ceiling": "budget", "deadline": "deadline", "length": "length"}

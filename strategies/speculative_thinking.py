@@ -12,11 +12,11 @@
 
 A text is labelled by counting words of doubt and of certainty in it, anywhere, also inside other words; as many of both
 is doubt. Whether it sets out to verify is asked of what was kept, as in the authors' code (the paper asks it of every
-paragraph). Numbers are the code's, n1 = 20, n2 = 125, n3 = 125 (+25 to 200), threshold = 15 (+5 to 30). n1 is about a
-sentence and n2 a verification up to its verdict, which are as long in a small model's tokens (the embedded family turns
-in 11 to 33 of them and verifies in 70 to 125): only the threshold, which counts over a whole chain, has its share of a
-context of less than 8192 tokens. Two things save time: the draft begins while the target peeks, as soon as a word of
-the peek calls for it, and a peek that was a statement is kept (drawn anew, as the authors do, it may yet reflect).
+paragraph). Numbers are the code's, n1 = 20, n2 = 125, n3 = 125 (+25 to 200), threshold = 15 (+5 to 30). A context of
+less than 8192 tokens has its share of the threshold, which counts over a whole chain, and of n2 and n3 what the shorter
+verifications of a small model take, 70 (+14 to 112); n1 is about a sentence, which is no shorter there. Two things save
+time: the draft begins while the target peeks, as soon as a word of the peek calls for it, and a peek that was a
+statement is kept (drawn anew, as the authors do, it may yet reflect).
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ from thinkserve.strategies.engine import Answer, Delta, Emit, Engine, Event, Fin
 from thinkserve.strategies.errors import EngineFailed, TooLong, Unsupported, leading
 from thinkserve.strategies.pieces import Transcript, injected, write
 from thinkserve.strategies.reflection import CERTAINTY, DOUBT, VERIFICATION, Label, Lists, hits, label
-from thinkserve.strategies.registry import Options, strategy
-from thinkserve.strategies.scale import scaled
+from thinkserve.strategies.registry import Options, Supports, strategy
+from thinkserve.strategies.scale import FULL_CONTEXT, scaled
 from thinkserve.strategies.single import STOPPED_BY
 from thinkserve.strategies.streams import growing, whole
+from thinkserve.strategies.text import rfind
 
 BLANK = "\n\n"
 CUE = "Let me check whether there is a wrong step so far."
@@ -43,14 +44,12 @@ Kind = Literal["begin", "draft", "verify", "recheck"]
 
 
 class SpeculativeOptions(Options):
-    """Parameters of speculative thinking; lengths are in tokens."""
+    """Parameters of speculative thinking; lengths are in tokens, of two defaults the second is a small model's."""
 
     n1: int | None = Field(default=None, ge=1, le=4096, description="Tokens of a peek and a draft; left out, 20.")
-    n2: int | None = Field(default=None, ge=1, le=4096, description="Tokens of a verification; left out, 125.")
-    n3: int | None = Field(default=None, ge=1, le=4096, description="Tokens after a cue, growing; left out, 125.")
-    threshold: int | None = Field(
-        default=None, ge=1, description="Reflections before a cue, growing; left out, 15, of a small context its share."
-    )
+    n2: int | None = Field(default=None, ge=1, le=4096, description="Tokens of a verification; left out, 125 or 70.")
+    n3: int | None = Field(default=None, ge=1, le=4096, description="Tokens after a cue, growing; left out, 125 or 70.")
+    threshold: int | None = Field(default=None, ge=1, description="Doubts before a cue, growing; left out, 15 or less.")
     begin_with_guide: bool | None = Field(
         default=None, description="Let the guide begin; left out, only if the target does not reason."
     )
@@ -76,6 +75,7 @@ class SpeculativeOptions(Options):
     options=SpeculativeOptions,
     reference="arXiv:2504.12329",
     roles=("target", "guide"),
+    supports=Supports(parts=True),
 )
 async def run(task: Task, engine: Engine, emit: Emit, options: SpeculativeOptions) -> Answer:
     """One chain of a small model; a large one writes the turns of its thinking."""
@@ -106,9 +106,10 @@ class Lengths:
 
 
 def lengths_of(options: SpeculativeOptions, context: int) -> Lengths:
-    """The options' numbers; those left out are the published ones, a small context has its share of reflections."""
+    """The options' numbers; those left out are the published ones, or for a small context what its model takes."""
+    look = 125 if context >= FULL_CONTEXT else 70
     threshold = options.threshold or scaled(15, context)
-    return Lengths(options.n1 or 20, options.n2 or 125, options.n3 or 125, threshold, begin=100)
+    return Lengths(options.n1 or 20, options.n2 or look, options.n3 or look, threshold, begin=100)
 
 
 class _Chain:
@@ -199,7 +200,9 @@ class _Chain:
     async def _keep_statement(self, peek: Delta) -> bool:
         """Commit the target's peek up to its first blank line, where it would have stopped; whether there is one."""
         decoder, text, size = self._engine.detokenizer(), "", 0
-        while size < len(peek.tokens) and BLANK not in text:
+        # One that closes the thinking has nowhere to stop: a blank line in it may be of a modifier's words.
+        closed = rfind(peek.tokens, self._info.think_close) >= 0
+        while size < len(peek.tokens) and (closed or BLANK not in text):
             text += decoder.push(peek.tokens[size : size + 1])
             size += 1
         finish = peek.finish if size == len(peek.tokens) else None

@@ -4,8 +4,8 @@
     when the watcher says so: leave the segment, which aborts it; drop what came behind the place; put our tokens there;
         go on in a new segment, which finds everything before in the prefix cache
 
-Our tokens are part of the stream, with log-probability 0; they are not counted as generated. The watcher never sees
-them as the model's.
+Our tokens are part of the stream, with log-probability 0 and statistics that are not known; they are not counted as
+generated. The watcher never sees them as the model's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Protocol
 
 from thinkserve.strategies.around import Around, AroundChain
 from thinkserve.strategies.engine import Chain, Control, Delta, Emit, Engine, Event, Job, Stream, Task, Tokens
-from thinkserve.strategies.errors import Unsupported
 from thinkserve.strategies.pieces import injected
 
 Begin = Callable[[int], AbstractAsyncContextManager[Stream]]
@@ -89,9 +88,7 @@ class Modified(Around):
 
     @asynccontextmanager
     async def chain(self, job: Job) -> AsyncIterator[Chain]:
-        """Open a chain under watch. Raises Unsupported for statistics: tokens of ours have none."""
-        if job.stats:
-            raise Unsupported("A modifier of thinking cannot be combined with statistics of tokens.", "strategy.over")
+        """Open a chain under watch."""
         async with self._inner.chain(job) as chain:
             if job.role != "target" or not self.info().reasons:
                 yield chain
@@ -157,10 +154,10 @@ class _Spliced:
         await self._stack.aclose()
         chain.splice(len(delta.tokens) - splice.keep, splice.tokens)
         self._streams.append(await self._stack.enter_async_context(self._begin(self._room)))
-        return _joined(delta, splice.keep, injected(splice.tokens, chain.job.logprobs))
+        return _joined(delta, splice.keep, injected(splice.tokens, chain.job.logprobs, stats=chain.job.stats))
 
 
 def _joined(delta: Delta, keep: int, ours: Delta) -> Delta:
     """The first tokens of a delta and then ours."""
-    logprobs, top = delta.logprobs[:keep] + ours.logprobs, delta.top[:keep] + ours.top
-    return Delta(delta.tokens[:keep] + ours.tokens, logprobs, top)
+    logprobs, top, stats = delta.logprobs[:keep] + ours.logprobs, delta.top[:keep] + ours.top, delta.stats[:keep]
+    return Delta(delta.tokens[:keep] + ours.tokens, logprobs, top, stats=stats + ours.stats)

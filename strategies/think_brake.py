@@ -22,7 +22,7 @@ from thinkserve.strategies.confidence import close_margin
 from thinkserve.strategies.engine import Answer, Delta, Emit, Engine, Event, Finish, Job, Task
 from thinkserve.strategies.errors import Unsupported
 from thinkserve.strategies.pieces import Transcript, injected, write
-from thinkserve.strategies.registry import Options, strategy
+from thinkserve.strategies.registry import Options, Supports, strategy
 from thinkserve.strategies.sentences import Sentences
 from thinkserve.strategies.single import STOPPED_BY
 
@@ -38,7 +38,13 @@ class ThinkBrakeOptions(Options):
     min_think: int = Field(default=0, ge=0, description="Thinking tokens before the first possible brake.")
 
 
-@strategy("think-brake", title="ThinkBrake", options=ThinkBrakeOptions, reference="arXiv:2510.00546")
+@strategy(
+    "think-brake",
+    title="ThinkBrake",
+    options=ThinkBrakeOptions,
+    reference="arXiv:2510.00546",
+    supports=Supports(over=True),
+)
 async def run(task: Task, engine: Engine, emit: Emit, options: ThinkBrakeOptions) -> Answer:
     """One chain that stops thinking at the end of a sentence where closing is about as likely as going on."""
     close = engine.info().think_close

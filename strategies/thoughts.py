@@ -54,10 +54,13 @@ class Segmenter:
 
 
 def excerpt(thought: Sequence[str], paragraphs: int, tokens: int, engine: Engine) -> str:
-    """The end of a thought in one line, as a verifier is to see it: its last paragraphs, of these its last tokens."""
+    """The end of a thought in one line, as a verifier is to see it: its last paragraphs, of these its last tokens.
+
+    Tokens are the target's, who wrote them: those of a verifier elsewhere may be known to its server alone.
+    """
     text = " ".join(thought[-paragraphs:])
-    encoded = engine.encode(text, "verifier")
-    return text if len(encoded) <= tokens else engine.decode(encoded[-tokens:], "verifier")
+    encoded = engine.encode(text)
+    return text if len(encoded) <= tokens else engine.decode(encoded[-tokens:])
 
 
 def result(excerpt: str) -> str:

@@ -68,7 +68,7 @@ def limits(
     if task.max_total_tokens is not None:
         tokens = min(tokens, task.max_total_tokens)
     # A single chain that uses up its tokens has nothing to go back to.
-    reserve = answer_room(path) if tokens > task.max_tokens else 0
+    reserve = answer_room(min(path, tokens)) if options.chains() > 1 else 0
     return Limits(tokens, reserve, path, options.step_tokens, options.max_depth, options.max_passes, expansions, nodes)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from thinkserve.server import __version__, banner, config
 from thinkserve.server.model_dir import StartError
 from thinkserve.server.settings import Settings
 
+ROOT = Path(__file__).resolve().parents[1]
 SLOW = ("torch", "vllm", "transformers")
 # Runs the command, then tells on the last line of stdout whether anything slow was imported.
 PROGRAM = f"""
@@ -151,6 +153,16 @@ def test_a_mistake_in_the_environment_is_one_line_that_names_the_variable() -> N
 
     assert (2, "thinkserve: Unknown setting THINKSERVE_PROT. Did you mean 'THINKSERVE_PORT'?\n") == unknown[::2]
     assert malformed[2].startswith("thinkserve: Setting THINKSERVE_ALLOWED_HOSTS must be JSON")
+
+
+def test_variables_that_something_else_reads_are_no_mistakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernels look up in the environment may be set for the server."""
+    read = set(re.findall(r'"(THINKSERVE_\w+)"', (ROOT / "kernels" / "cpu.py").read_text()))
+    assert {"THINKSERVE_KERNELS", "THINKSERVE_CACHE"} == read
+    for name in read:
+        monkeypatch.setenv(name, "0")
+
+    assert not config.load({}, None).origin
 
 
 def test_a_variable_below_a_setting_that_has_nothing_below_it_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:

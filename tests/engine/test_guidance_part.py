@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -16,7 +18,7 @@ from thinkserve.guidance.predictor import Predictor, Size
 from thinkserve.kernels.guide import guide
 from thinkserve.server.vllm_guidance import guidance
 from thinkserve.server.vllm_worker import Step
-from thinkserve.server.vllm_worker_guidance import Guidance
+from thinkserve.server.vllm_worker_guidance import BELOW, SPREAD, Guidance, written
 from thinkserve.server.vllm_worker_states import States
 from thinkserve.strategies.controls import Guide
 from thinkserve.strategies.engine import Job, ModelInfo, Tokens
@@ -36,7 +38,7 @@ class Bench:
 
     def admit(self, request_id: str, budget: int, prompt: int, *, opens: int = -1, temperature: float = 1.0) -> None:
         """A request whose prompt has `prompt` tokens."""
-        wanted = {"budget": budget, "start": prompt, "open": opens}
+        wanted = {"budget": budget, "start": prompt, "open": opens, "begun": False}
         self.part.admit(request_id, {"guide": wanted}, SimpleNamespace(temperature=temperature), [0] * prompt)
 
     def step(self, last: dict[str, tuple[int, int]]) -> list[tuple[str, float]]:
@@ -112,7 +114,7 @@ def test_a_prompt_that_is_computed_in_pieces_is_guided_at_its_end_only(bench: Be
 def test_a_preempted_request_goes_on_where_it_was(bench: Bench) -> None:
     """Readmitted with its tokens: the budget goes on, and thinking that has ended stays so."""
     written = [PLAIN, PLAIN, NEWLINE, PLAIN, NEWLINE]
-    wanted = {"guide": {"budget": 100, "start": 2, "open": -1}}
+    wanted = {"guide": {"budget": 100, "start": 2, "open": -1, "begun": False}}
     bench.part.admit("a", wanted, SimpleNamespace(temperature=1.0), written)
 
     assert [("a", 97.0)] == bench.step({"a": (4, NEWLINE)})
@@ -185,7 +187,72 @@ def test_where_every_guided_token_is_banned_the_models_own_order_decides(bench: 
     torch.testing.assert_close(banned.softmax(-1), own.softmax(-1), atol=2e-3, rtol=1e-2)
 
 
+@pytest.mark.parametrize("temperature", [0.01, 0.7, 1.0, 2.0])
+@pytest.mark.parametrize("guided", [-math.inf, -700.0, -60.0, -20.0], ids=str)
+@pytest.mark.parametrize("own", [-40.0, -8.0, 8.0], ids=str)
+def test_a_bias_of_100_forces_and_one_of_minus_100_bans_any_token(
+    temperature: float, guided: float, own: float
+) -> None:
+    """One token is guided, another is as far away as it may be; the sampler adds the bias before it divides."""
+    log_p = torch.full((1, VOCABULARY), guided)
+    log_p[0, PLAIN] = 0.0
+    raw = torch.zeros(1, VOCABULARY)
+    raw[0, NEWLINE], heat = own, torch.tensor([temperature])
+
+    def drawn(token: int, bias: float) -> float:
+        logits = written(log_p, raw, heat)
+        logits[0, token] += bias
+        return float((logits / temperature).softmax(-1)[0, token])
+
+    assert drawn(NEWLINE, 100) > 0.999
+    assert drawn(PLAIN, -100) < 0.001
+    assert drawn(PLAIN, 0) > 0.999999
+
+
+def test_what_nobody_may_draw_stays_so_and_what_is_guided_stays_as_published() -> None:
+    """A raw logit of -inf, whatever else is written; and of the others the guided are not moved."""
+    raw = torch.tensor([[2.0, -torch.inf, 1.0, -90.0]])
+    log_p = torch.tensor([[-0.5, -torch.inf, -torch.inf, -0.9]])
+
+    found = written(log_p, raw, torch.tensor([0.5]))[0]
+
+    assert [-0.25, -torch.inf, -0.45] == [pytest.approx(float(found[i])) for i in (0, 1, 3)]
+    assert -BELOW - SPREAD <= float(found[2]) <= -BELOW
+
+
 INFO = ModelInfo("m", 100, VOCABULARY, (0,), (OPEN,), (CLOSE,))
+
+
+def chained(bench: Bench, prompt: tuple[int, ...], *segments: tuple[int, ...]) -> list[list[float]]:
+    """Remaining budget at the guided steps of each segment of a chain; a segment's last token is drawn, not read."""
+    found: list[list[float]] = []
+    sequence, budget = prompt, Guide(100)
+    for segment in segments:
+        job = Job(sequence, 10, controls=(budget.later(len(sequence) - len(prompt)),))
+        bench.part.admit("a", guidance(job, INFO, served=True), SimpleNamespace(temperature=1.0), list(sequence))
+        steps = enumerate([sequence[-1], *segment[:-1]], len(sequence) - 1)
+        found.append([left for step in steps for _, left in bench.step({"a": step})])
+        sequence += segment
+    return found
+
+
+@pytest.mark.parametrize("prompt", [(5, OPEN), (5, OPEN, NEWLINE), (5, 6)], ids=["tag", "tag and line break", "none"])
+@pytest.mark.parametrize("cuts", [(), (1,), (2,), (3,), (2, 3), (1, 2, 3, 4, 5, 6)], ids=str)
+def test_a_continued_job_is_guided_where_one_job_would_be(
+    bench: Bench, prompt: tuple[int, ...], cuts: tuple[int, ...]
+) -> None:
+    """At the first token of thinking and behind each line break, not where a segment begins within a line."""
+    opening = () if OPEN in prompt else (OPEN,)
+    text = (*opening, PLAIN, PLAIN, NEWLINE, PLAIN, NEWLINE, PLAIN, PLAIN)
+    edges = [0, *(cut + len(opening) for cut in cuts), len(text)]
+
+    whole = chained(bench, prompt, text)
+    parts = chained(bench, prompt, *(text[a:b] for a, b in itertools.pairwise(edges)))
+
+    assert [100.0, 97.0, 95.0] == whole[0]
+    assert 1 + text.count(NEWLINE) == sum(map(len, parts))
+    # What is left of a budget knows of tokens only: an opening tag that was written counts from the next segment on.
+    assert pytest.approx(whole[0], abs=len(opening)) == [left for each in parts for left in each]
 
 
 def asked(prompt: Sequence[int], *budgets: int, info: ModelInfo = INFO, served: bool = True) -> object:
@@ -199,15 +266,16 @@ def asked(prompt: Sequence[int], *budgets: int, info: ModelInfo = INFO, served: 
     [((5, OPEN, 6), -1), ((5, 6), OPEN), ((OPEN, 5, CLOSE, 6), None), ((OPEN, CLOSE, OPEN), -1), ((CLOSE, 6), None)],
 )
 def test_what_is_asked_depends_on_where_the_prompt_ends(prompt: tuple[int, ...], opens: int | None) -> None:
-    """Inside thinking, before it, behind it."""
-    expected = None if opens is None else {"budget": 30, "start": len(prompt), "open": opens}
+    """Inside thinking, of which there may be some already, before it, behind it."""
+    begun = opens == -1 and prompt[-1] != OPEN
+    expected = None if opens is None else {"budget": 30, "start": len(prompt), "open": opens, "begun": begun}
 
     assert expected == asked(prompt, 30)
 
 
 def test_the_tightest_of_several_budgets_holds_and_none_asks_for_nothing() -> None:
     """A modifier may add its own."""
-    assert {"budget": 20, "start": 1, "open": -1} == asked((OPEN,), 30, 20)
+    assert {"budget": 20, "start": 1, "open": -1, "begun": False} == asked((OPEN,), 30, 20)
     assert None is asked((OPEN,))
 
 

@@ -38,6 +38,20 @@ def test_the_embedded_model_is_whole() -> None:
     assert find_model(None).name == "arith-small"
 
 
+def test_a_model_of_the_hub_keeps_its_name(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients ask for the last part of what the operator wrote, not for the commit that its folder is called after."""
+    commit, repository = "0123456789abcdef0123456789abcdef01234567", tmp_path / "hub" / "models--acme--tiny-think"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "snapshots").mkdir()
+    model.rename(repository / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    found = find_model("acme/tiny-think")
+
+    assert (found.name, found.path.name) == ("tiny-think", commit)
+
+
 def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
 

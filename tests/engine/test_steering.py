@@ -186,15 +186,19 @@ def test_unsteered_requests_equal_those_of_an_engine_without_steering(
 
 
 def test_fifty_different_steerings_in_one_batch_equal_their_solo_runs(
-    portal: BlockingPortal, backend: VllmBackend, run_batch: Run, vectors: Vectors
+    portal: BlockingPortal,
+    backend: VllmBackend,
+    run_batch: Run,
+    vectors: Vectors,
+    make_vector: Callable[..., SteeringVector],
 ) -> None:
-    """Fifty combinations of vector and scale over one prompt; most of them change its greedy tokens."""
-    names = (*vectors, "a")
+    """Fifty vectors over one prompt, beside one that all share; most of them change its greedy tokens."""
+    many = {f"v{n}": make_vector(f"v{n}", 100 + n, (n % 6,)) for n in range(50)}
     jobs = [
-        job(backend, *range(10, 40), tokens=10, controls=(Steer(names[n % 4], 0.3 * (n - 25)), Steer("b", 0.1 * n)))
-        for n in range(50)
+        job(backend, *range(10, 40), tokens=10, controls=(Steer(name, 0.3 * (n - 25)), Steer("b", 0.1 * n)))
+        for n, name in enumerate(many)
     ]
-    steered = asked(backend, jobs, vectors)
+    steered = asked(backend, jobs, {**vectors, **many})
 
     async def solo() -> list[Tokens]:
         return [(await run_batch(backend, [one], [how]))[0].tokens for one, how in zip(jobs, steered, strict=True)]

@@ -1,9 +1,10 @@
-"""From controls to entries, and which vectors the worker holds: what the front end decides, without an engine."""
+"""From controls to entries: what the front end decides, without an engine."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -11,20 +12,18 @@ from typing import Any
 import anyio
 import pytest
 
-from thinkserve.server.errors import ApiError
 from thinkserve.server.model_dir import StartError
 from thinkserve.server.vectors import SteeringVector
-from thinkserve.server.vllm_controls import NOTHING, Entry, Steered, steering
+from thinkserve.server.vllm_controls import NOTHING, Continued, Entry, Steered, steering
 from thinkserve.server.vllm_launch import WORKERS, extend
-from thinkserve.server.vllm_vectors import LoadedVectors
 from thinkserve.strategies.chain import continued
-from thinkserve.strategies.controls import Steer
-from thinkserve.strategies.engine import Control, Job, ModelInfo, Tokens
+from thinkserve.strategies.controls import Positions, Steer
+from thinkserve.strategies.engine import Control, Delta, Job, ModelInfo, Stream, Tokens
 from thinkserve.strategies.errors import BadOptions, Unsupported
+from thinkserve.strategies.streams import Told
 
 OPEN, CLOSE = 3, 4
 INFO = ModelInfo("m", 4096, 640, (2,), (OPEN,), (CLOSE,))
-PAYLOAD = {"0": b""}
 
 
 @pytest.fixture
@@ -171,74 +170,38 @@ def ended(steered: Steered, stop: int) -> Steered:
     return replace(steered, entries=tuple(replace(entry, stop=stop) for entry in steered.entries))
 
 
-class Worker:
-    """Records what it is told; `slow` makes every call wait."""
+@pytest.mark.parametrize("burst", [2, 3, 4, 9])
+@pytest.mark.parametrize("ours", [(7, 7), (12, 7, 7)], ids=["others", "one as dropped"])
+@pytest.mark.parametrize("positions", ["generated", "thinking"])
+def test_what_is_put_in_the_place_of_dropped_tokens_is_not_steered(
+    vectors: Mapping[str, SteeringVector], positions: Positions, ours: Tokens, burst: int
+) -> None:
+    """Whatever was read beyond the place, and if the first of ours is the very token that stood there."""
+    started: list[tuple[Tokens, tuple[Entry, ...]]] = []
+    text = (10, 11, 12, CLOSE, 13, 14)
 
-    def __init__(self, slow: bool = False) -> None:
-        self.told: list[tuple[str, str]] = []
-        self.slow = slow
-
-    async def __call__(self, method: str, *args: Any) -> list[Any]:
-        if self.slow:
-            await anyio.sleep(0.01)
-        self.told.append((method, args[0]))
-        return [True]
-
-
-def test_a_vector_is_loaded_once_and_leaves_when_another_needs_its_place() -> None:
-    """The one that was used longest ago goes first, and none that is in use."""
-    worker = Worker()
-    loaded = LoadedVectors(worker, slots=2)
+    @asynccontextmanager
+    async def start(job: Job, steered: Steered) -> AsyncIterator[Stream]:
+        started.append((job.prompt, steered.entries))
+        yield Told(Delta(text[:burst]))
 
     async def scenario() -> None:
-        async with loaded.hold({"a": PAYLOAD}), loaded.hold({"a": PAYLOAD, "b": PAYLOAD}):
-            assert {"a": 2, "b": 1} == loaded.users
-            with pytest.raises(ApiError) as error:
-                async with loaded.hold({"c": PAYLOAD}):
-                    pass
-            assert error.value.status == 503
-        async with loaded.hold({"a": PAYLOAD}):
+        whole = replace(job(Steer("a", positions=positions)), max_tokens=100)
+        chain = Continued(start, lambda job, past: steering(job, INFO, vectors, past), whole, INFO)
+        async with chain.segment(50) as stream:
+            read = len((await anext(aiter(stream))).tokens)
+        chain.drop(read - 2)
+        chain.inject(ours)
+        async with chain.segment(50):
             pass
-        async with loaded.hold({"c": PAYLOAD, "a": PAYLOAD}):
-            pass
-        assert {"c": 0, "a": 0} == loaded.users
 
     anyio.run(scenario)
-    assert [("load", "a"), ("load", "b"), ("drop", "b"), ("load", "c")] == worker.told
 
-
-def test_what_a_leaving_caller_had_begun_to_load_stays_known() -> None:
-    """Both sides agree afterwards, and the next one need not load it."""
-    worker = Worker(slow=True)
-    loaded = LoadedVectors(worker, slots=1)
-
-    async def scenario() -> None:
-        with anyio.move_on_after(0.002):
-            async with loaded.hold({"a": PAYLOAD}):
-                await anyio.sleep(1)
-        async with loaded.hold({"a": PAYLOAD}):
-            assert {"a": 1} == loaded.users
-
-    anyio.run(scenario)
-    assert [("load", "a")] == worker.told
-
-
-def test_many_callers_of_one_vector_load_it_once() -> None:
-    """They wait for each other."""
-    worker = Worker(slow=True)
-    loaded = LoadedVectors(worker, slots=1)
-
-    async def one() -> None:
-        async with loaded.hold({"a": PAYLOAD}):
-            await anyio.sleep(0.001)
-
-    async def scenario() -> None:
-        async with anyio.create_task_group() as group:
-            for _ in range(20):
-                group.start_soon(one)
-
-    anyio.run(scenario)
-    assert ([("load", "a")], {"a": 0}) == (worker.told, loaded.users)
+    prompt, entries = started[1]
+    close = CLOSE if positions == "thinking" else -1
+    expected = [(2, 5, -1), (len(prompt) - 1, None, close)]
+    assert (5, OPEN, 6, 10, 11, *ours) == prompt
+    assert expected == [(entry.start, entry.stop, entry.close) for entry in entries]
 
 
 def config(**changes: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from time import monotonic, sleep
 import pytest
 
 from thinkserve.server import vllm_launch
-from thinkserve.server.model_dir import StartError
+from thinkserve.server.model_dir import EMBEDDED, MODELS, StartError
 
 # Starts an engine, kills its process in the middle of a job, and reports what the server sees of it.
 DEATH = """
@@ -61,6 +62,23 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+# Starts an engine that cannot be started and prints what the operator is told.
+REFUSED = """
+import asyncio, json, sys
+from thinkserve.server.model_dir import StartError
+from thinkserve.server.settings import Settings
+from thinkserve.server.vllm_engine import create
+
+async def main():
+    try:
+        await create(Settings(kv_cache_gib=0.1, **json.loads(sys.argv[1])))
+    except StartError as error:
+        print(error)
+
+asyncio.run(main())
+"""
+
+
 def running(stat: Path) -> bool:
     """Whether the process of a /proc/*/stat file still runs."""
     try:
@@ -77,6 +95,29 @@ def test_the_death_of_the_engine_is_noticed() -> None:
         "before": True, "running": "dead", "after": False, "next": "dead", "check": "dead", "left": 0,
     }  # fmt: skip
     assert "Exception ignored" not in done.stderr
+
+
+def refusal(**settings: object) -> str:
+    """What is said of settings that no engine starts with, without the name of the model."""
+    told = [sys.executable, "-c", REFUSED, json.dumps(settings)]
+    done = subprocess.run(told, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.startswith("The engine did not start with ")
+    assert 1 == done.stdout.count("\n")
+    return done.stdout.partition(": ")[2].rstrip()
+
+
+def test_a_setting_that_the_engine_refuses_is_told_in_its_own_words() -> None:
+    """And not that there is one error in its configuration."""
+    assert "User-specified max_model_len (8192) is greater than" in refusal(max_model_len=8192)
+
+
+def test_what_the_worker_refuses_is_told_in_its_own_words(tmp_path: Path) -> None:
+    """Deep inside the engine's process, of which vLLM says only that it failed."""
+    shutil.copytree(MODELS / EMBEDDED, tmp_path / "model")
+    weights = tmp_path / "model" / "budget" / "predictor.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+
+    assert refusal(model=str(tmp_path / "model")) == f"damaged budget predictor: {weights}"
 
 
 def test_a_forked_engine_dies_with_a_killed_server() -> None:

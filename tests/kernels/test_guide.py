@@ -137,6 +137,19 @@ def test_every_form_computes_what_is_published(
     assert (result[expected == -INFINITY] < -600).all()
 
 
+@pytest.mark.parametrize("form", ["native", "cpp", "public"], indirect=True)
+@pytest.mark.parametrize(("rows", "vocab"), [(4097, 503), (3, 152064)])
+def test_every_form_computes_it_for_many_rows_and_for_long_ones(
+    form: Form, rows: int, vocab: int, device: torch.device
+) -> None:
+    """More than any core takes at once; in Triton's interpreter it would take minutes."""
+    inputs = (torch.randn(rows, vocab, device=device) * 4, *predictions(rows, vocab, device))
+
+    result, expected = form(*inputs), reference(*inputs)
+
+    assert 1e-6 > rms_ratio(result.double().exp(), expected.exp())
+
+
 def test_log_probabilities_follow_the_gamma_function(form: Form, device: torch.device) -> None:
     """With equal logits and no mask the result is ln P of each entry, normalised, far into the tail."""
     alpha, x = (values[None].to(device) for values in gamma_grid())

@@ -66,6 +66,19 @@ def test_every_form_computes_what_is_defined(
     assert [] == [c for i, c in enumerate(COLUMNS) if not rms_ratio(stats[:, i], expected[:, i]) <= ALLOWED]
 
 
+@pytest.mark.parametrize("form", ["native", "cpp", "public"], indirect=True)
+@pytest.mark.parametrize(("rows", "vocab"), [(4097, 503), (3, LARGE)])
+def test_every_form_computes_it_for_many_rows_and_for_long_ones(
+    form: Form, rows: int, vocab: int, device: torch.device
+) -> None:
+    """More than any core takes at once; in Triton's interpreter it would take minutes."""
+    logits = logits_of(rows, vocab, device)
+
+    stats, expected = form(logits, vocab, 1), reference(logits, vocab, 1)
+
+    assert [] == [c for i, c in enumerate(COLUMNS) if not rms_ratio(stats[:, i], expected[:, i]) <= ALLOWED]
+
+
 def test_self_certainty_of_known_rows(form: Form, device: torch.device) -> None:
     """0 for a uniform row, and the value of the closed form for logits 0, 1, 2, 3."""
     rows = torch.tensor([[1.5, 1.5, 1.5, 1.5], [0.0, 1.0, 2.0, 3.0]], device=device)

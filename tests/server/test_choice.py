@@ -220,7 +220,8 @@ def test_items_survive_writing_and_reading(parameters: dict[str, header_item.Bar
         {"presets": {"Not A Slug": Preset(strategy="majority")}},
         {"presets": {"race": Preset(strategy="majority", over=(PresetLayer(name="nope"),))}},
         {"presets": {"race": Preset(strategy="majority", over=(PresetLayer(name="trimr", params={"q": 1}),))}},
-        {"presets": {"race": Preset(strategy="beam", over=(PresetLayer(name="repetition-guard"),))}},
+        {"presets": {"race": Preset(strategy="particle", over=(PresetLayer(name="repetition-guard"),))}},
+        {"presets": {"race": Preset(strategy="beam", over=(PresetLayer(name="trimr"),))}},
         {"effort_map": {"high": "nope"}},
     ],
 )

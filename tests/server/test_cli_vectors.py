@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 from xml.etree import ElementTree as ET
 
@@ -159,6 +160,87 @@ def test_a_mistake_is_one_line(
     error = capsys.readouterr().err
     assert (2, 1) == (status, error.count("\n")), error
     assert words in error
+
+
+def folder_of(tmp_path: Path, **about: dict[str, Any]) -> Path:
+    """Vectors of the embedded model by name, of each of which something is said."""
+    shape = shape_of(check_model(EMBEDDED))
+    numbers = view(array("f", [1.0] * shape.hidden).tobytes())
+    tmp_path.mkdir(exist_ok=True)
+    for name, told in about.items():
+        (tmp_path / f"{name}.safetensors").write_bytes(serialize(VectorFile({1: numbers}, told)))
+    return tmp_path
+
+
+def test_a_list_shows_what_is_usable_and_names_what_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The good ones on standard output, the bad ones in one line, status 2."""
+    folder = folder_of(tmp_path, good={}, better={})
+    (folder / "broken.safetensors").write_bytes(b"no vector")
+    (folder / "Loud.safetensors").write_bytes((folder / "good.safetensors").read_bytes())
+
+    status = run(monkeypatch, "list", "--vectors-dir", folder)
+
+    out, error = capsys.readouterr()
+    assert (2, 1) == (status, error.count("\n")), error
+    assert "thinkserve: Not steering vectors for this model: Loud.safetensors: a vector's name must match" in error
+    assert "; broken.safetensors: not a safetensors file" in error
+    assert ["better", "good"] == [line.split()[0] for line in out.splitlines()[1:]]
+
+
+def test_a_vector_is_removed_whatever_else_lies_in_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the very file that cannot be used, and the description beside it."""
+    folder = folder_of(tmp_path, good={}, **{"other.v2": {}})
+    (folder / "broken.safetensors").write_bytes(b"no vector")
+    for name in ("good", "broken", "other.v2"):
+        (folder / f"{name}.json").write_text("{}")
+
+    statuses = [run(monkeypatch, "rm", name, "--vectors-dir", folder) for name in ("good", "broken", "broken")]
+
+    assert [0, 0, 2] == statuses
+    assert {"other.v2.safetensors", "other.v2.json"} == {file.name for file in folder.iterdir()}
+
+
+def test_removing_names_no_other_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A name is no path; a misspelt one is told the nearest."""
+    folder = folder_of(tmp_path / "v", brief={})
+    (tmp_path / "x.safetensors").write_bytes(b"")
+
+    statuses = [run(monkeypatch, "rm", name, "--vectors-dir", folder) for name in ("../x", "breif")]
+
+    first, second = capsys.readouterr().err.splitlines()
+    assert [2, 2] == statuses
+    assert "name must match" in first
+    assert "Did you mean 'brief'?" in second
+    assert (tmp_path / "x.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        {"calibration": {"scale": "strong", "tokens_ratio": None}},
+        {"calibration": ["scale"]},
+        {"calibration": None},
+        {"calibration": {"scale": 2**64 - 1, "tokens_ratio": True}},
+        {"calibration": {"scale": {"a": 1}}},
+        {"recipe": "[/b] [bold"},
+        {"recipe": {"a": ["b"]}},
+        {"recipe": "\x1b[2J\n\n" + "x" * 5000},
+    ],
+)
+def test_what_is_said_of_a_vector_never_breaks_the_table(
+    about: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Others have written it: any JSON, text that looks like markup, control characters."""
+    status = run(monkeypatch, "list", "--vectors-dir", folder_of(tmp_path, odd=about))
+
+    out, error = capsys.readouterr()
+    assert (0, "") == (status, error)
+    assert ["vector", "odd"] == [line.split()[0] for line in out.splitlines()]
+    assert "\x1b" not in out
 
 
 def test_looking_at_vectors_imports_nothing_slow(tmp_path: Path) -> None:

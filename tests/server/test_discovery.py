@@ -52,11 +52,12 @@ def test_the_model_and_every_preset_are_cards_of_the_published_shape() -> None:
     ("preset", "settings"),
     [
         (Preset(strategy="best-of-n"), {}),
+        (Preset(strategy="particle", params={"weights": "odds"}), {}),
         (Preset(strategy="single", over=(PresetLayer(name="trimr"),)), {}),
         (Preset(strategy="steering", params={"vector": "brief"}), {}),
         (Preset(strategy="majority", params={"k": 4}), {"max_chains": 3}),
     ],
-    ids=["role", "role of a modifier", "steering", "chains"],
+    ids=["role", "role of a parameter", "role of a modifier", "steering", "chains"],
 )
 def test_a_preset_that_every_request_is_refused_for_is_not_offered(preset: Preset, settings: dict[str, Any]) -> None:
     """A picker shows what works."""

@@ -89,6 +89,20 @@ async def test_the_segments_of_a_chain_are_one_chain() -> None:
     assert meter.generated == engine.generated == 6
 
 
+async def test_tokens_of_a_completion_that_no_model_wrote_are_known() -> None:
+    """Two cues of ours; a verifier's words and a chain that went another way do not make them a model's."""
+    engine = ScriptedEngine(lambda job, _: "abcdef" if job.role == "target" else "??", roles=("target", "verifier"))
+    meter, cue = metered(engine), engine.encode("??")
+    job = Job(prompt=(5, 6), max_tokens=3)
+    first = await read(meter, job)
+    await read(meter, job)
+    second = await read(meter, replace(job, prompt=job.prompt + first + cue))
+    await read(meter, replace(job, prompt=job.prompt + first, role="verifier"))
+
+    assert 6 == meter.drawn(2, [*first, *cue, *second, *cue])
+    assert (3, 0, 0) == (meter.drawn(2, first), meter.drawn(2, cue), meter.drawn(9, first))
+
+
 async def test_a_chain_that_failed_says_so() -> None:
     """A failure is neither an end nor an abort."""
     meter = metered(ScriptedEngine(["abc"], fail={0: (1, EngineFailed("lost"))}))

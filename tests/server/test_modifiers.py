@@ -45,7 +45,7 @@ def over(name: str, *layers: dict[str, Any], **params: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("name", "params", "chains"), [("single", {}, 1), ("short-m-at-k", {"k": 4, "m": 3}, 4)])
 def test_every_chain_of_any_strategy_is_guarded(serve: Serve, name: str, params: dict[str, Any], chains: int) -> None:
-    """Thoughts that loop are closed and answered; what we put in is not among the generated tokens."""
+    """Thoughts that loop are closed and answered; what we put in is told apart from the generated tokens."""
     server = serve(thinking("So: " + LOOP + "</think>It is 7."))
 
     answer = server.chat(max_tokens=900, seed=1, strategy=over(name, GUARD, **params))
@@ -57,7 +57,11 @@ def test_every_chain_of_any_strategy_is_guarded(serve: Serve, name: str, params:
     defaults = modifiers()["repetition-guard"].defaults
     assert [{"name": "repetition-guard", "params": {**defaults, "sentence": "Enough."}}] == body["strategy"]["over"]
     assert server.engine.generated == body["usage"]["completion_tokens"]
-    assert chains == body["usage"]["strategy"]["chains"]["started"]
+    spent = body["usage"]["strategy"]
+    assert (chains, len("\n\nEnough.\n") + 1) == (spent["chains"]["started"], spent["injected_tokens"])
+    looped = len("So: ") + 4 * 16
+    assert looped + len("It is 7.") + 1 == spent["winner_completion_tokens"]
+    assert server.engine.generated - spent["winner_completion_tokens"] == spent["wasted_tokens"]
 
 
 @pytest.mark.parametrize("layers", [(TRIMR,), (TRIMR, GUARD), (GUARD, TRIMR)])
@@ -85,9 +89,12 @@ def test_the_strategy_and_the_modifier_are_the_same_algorithm(serve: Serve) -> N
         server = serve(thinking(THOUGHT * 30 + "</think>It is 7."))
         body = server.chat(max_tokens=9000, seed=3, strategy=strategy).json()
         message = body["choices"][0]["message"]
-        answers.append((message["reasoning"], message["content"], body["usage"]["completion_tokens"]))
+        usage = body["usage"]
+        spent = [usage["strategy"][name] for name in ("injected_tokens", "winner_completion_tokens", "wasted_tokens")]
+        answers.append((message["reasoning"], message["content"], usage["completion_tokens"], spent))
 
     assert answers[0] == answers[1]
+    assert len(LEAD) < answers[0][3][0] < len(LEAD) + 10
 
 
 def test_events_tell_what_modifiers_do(serve: Serve) -> None:
@@ -128,8 +135,8 @@ def test_events_tell_what_modifiers_do(serve: Serve) -> None:
         (over("single", *[GUARD] * (MAX_OVER + 1)), "value_out_of_range", "strategy.over", "at most"),
         ({"name": "single", "over": "trimr"}, "invalid_type", "strategy.over", "list"),
         ({"name": "single", "over": ["trimr"]}, "invalid_type", "strategy.over.0", ""),
-        (over("think-brake", GUARD), "unsupported_parameter", "strategy.over", "whole chains"),
-        (over("self-certainty", GUARD), "unsupported_parameter", "strategy.over", "whole chains"),
+        (over("particle", GUARD), "unsupported_parameter", "strategy.over.0", "'particle' takes no modifiers"),
+        (over("rap", GUARD, TRIMR), "unsupported_parameter", "strategy.over.1", "'rap' writes each in several jobs"),
     ],
 )
 def test_a_mistake_is_told_with_its_place(serve: Serve, strategy: Any, code: str, param: str, words: str) -> None:
@@ -156,7 +163,8 @@ def test_a_modifier_without_its_model_is_refused_and_not_offered(serve: Serve) -
     assert [[False], [True]] == [[m["available"] for m in card["modifiers"] if m["id"] == "trimr"] for card in cards]
     offered = [{card["id"]: card["supports"]["over"] for card in each["data"]} for each in cards]
     assert [["repetition-guard"], ["repetition-guard", "trimr"]] == [each["majority"] for each in offered]
-    assert [[], []] == [each["think-brake"] for each in offered]
+    assert [["repetition-guard"]] * 2 == [each["rap"] for each in offered]
+    assert [[], []] == [each["particle"] for each in offered]
 
 
 def test_modifiers_describe_themselves() -> None:

@@ -20,6 +20,7 @@ from thinkserve.server.testing import ScriptedBackend
 from thinkserve.strategies.engine import Job, Path, Role, Tokens
 from thinkserve.strategies.errors import EngineDead, EngineFailed, TooLong, Unsupported
 from thinkserve.strategies.testing import SCRIPTED, ScriptedEngine
+from thinkserve.strategies.verifier import ALTERNATIVES
 
 pytestmark = pytest.mark.anyio
 
@@ -110,7 +111,7 @@ async def test_other_models_may_have_a_tokenizer_of_their_own(role: Role) -> Non
 
 async def test_the_words_of_a_verifiers_alternatives_can_be_read() -> None:
     """Whatever its tokenizer: its server is asked once for each, at a question with one token for an answer."""
-    fake = FakeVllm([20], encode=shifted)
+    fake = FakeVllm([30], encode=shifted)
     async with connected(fake, "verifier") as model:
         engine = model.engine("req")
         for _ in range(2):
@@ -118,10 +119,10 @@ async def test_the_words_of_a_verifiers_alternatives_can_be_read() -> None:
                 [*_, last] = [delta async for delta in stream]
 
         assert ["<7>", "<8>", "<9>"] == [engine.decode((token,)) for token, _ in last.top[0]]
-        for unknown in ((10,), (7, 8)):
+        for unknown in ((40,), (7, 8)):
             with pytest.raises(Unsupported):
                 engine.decode(unknown)
-    assert [7, 8, 9] == sorted(body["tokens"][0] for body in fake.bodies("/detokenize"))
+    assert [*range(7, 7 + ALTERNATIVES)] == sorted(body["tokens"][0] for body in fake.bodies("/detokenize"))
 
 
 async def test_without_a_target_nothing_is_compared() -> None:

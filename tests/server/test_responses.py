@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -69,6 +70,19 @@ async def test_a_silent_request_ends_when_receive_reports_the_disconnect(stream:
                 await anyio.sleep(0.01)
             client.left.set()
     assert engine.live == []
+
+
+async def test_how_long_it_took_is_told_in_the_header() -> None:
+    """To the first token and to the decision, in milliseconds; a stream begins before these are known."""
+    whole, streamed = (Client(ScriptedEngine(["t</think>a"]), stream=stream) for stream in (False, True))
+    for client in (whole, streamed):
+        await client.chat()
+    found = [dict(client.sent[0]["headers"]).get(b"server-timing") for client in (whole, streamed)]
+
+    assert found[1] is None
+    times = re.fullmatch(rb"ttft;dur=(\d+\.\d), decide;dur=(\d+\.\d)", found[0] or b"")
+    assert times is not None
+    assert 0 <= float(times[1]) <= float(times[2])
 
 
 @pytest.mark.parametrize("after", range(1, 8))

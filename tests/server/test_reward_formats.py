@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path as File
 
 import pytest
@@ -57,6 +58,29 @@ def test_skyworks_family_has_a_line_per_step() -> None:
     assert (*encode("a\nb\n"),) == form.read((), Path(("a\n\n", "b\n\n")), encode).tokens
     assert form.plain is not None
     assert "<s>1 + 1\n" == form.plain("<s>", "1 + 1")
+
+
+def merging(text: str) -> Tokens:
+    """As `encode`, but a full stop and the line breaks behind it are one token, as Qwen's pre-tokenizer has them."""
+    parts = re.findall(r"\.\n+|.", text.replace("<extra_0>", "\0"), re.DOTALL)
+    return tuple(1 if part == "\0" else ord(part) if len(part) == 1 else 1000 + len(part) for part in parts)
+
+
+def test_the_reward_stands_at_a_line_break_of_its_own() -> None:
+    """Whatever ends the step: a line break that is part of another token is none the model was trained to rate at."""
+    read = BY_NAME["skywork-o1-prm"].read((7,), Path(("1 + 1 = 2.\n\n", "So\n2.\n")), merging)
+
+    assert (7, *encode("1 + 1 = 2.\nSo\n2.\n")) == read.tokens
+    assert [ord("\n")] * 2 == [read.tokens[end] for end in read.ends]
+    assert 1000 + 2 in merging("2.\n")
+
+
+def test_line_breaks_within_a_step_stand_alone_as_well() -> None:
+    """As in the family's own code, which cuts a solution at every one; the step has one reward, at its end."""
+    read = BY_NAME["skywork-o1-prm"].read((), Path(("a.\nb.\n\nc.",)), merging)
+
+    assert encode("a.\nb.\n\nc.\n") == read.tokens
+    assert (len(read.tokens) - 1,) == read.ends
 
 
 @given(STEPS, st.integers(0, 40))

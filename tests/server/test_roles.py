@@ -259,6 +259,27 @@ def test_a_lost_reward_model_is_told_before_anything_is_written(serve: Callable[
     assert [1, 0] == outcomes
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("weights", "status"), [("odds", 503), ("softmax", 503), ("self", 200), (None, 200)])
+def test_particles_that_are_to_be_rewarded_need_their_reward_model(
+    serve: Callable[..., Any], weights: str | None, status: int, stream: bool
+) -> None:
+    """Lost, it is told before anything is written; who did not ask for it is served without."""
+    deployed = Deployed()
+    server = serve(deployed.target.scripted, _Closing(deployed.roles))
+    deployed.prm.alive = False
+    params = {"n": 2} | ({"weights": weights} if weights else {})
+
+    answer = server.chat(stream=stream, max_tokens=60, strategy={"name": "particle", "params": params})
+
+    assert status == answer.status_code
+    if status == 503:
+        assert "prm_unavailable" == answer.json()["error"]["code"]
+        assert [] == deployed.target.scripted.history
+    else:
+        assert (weights is None) == ("the reward model is not available" in answer.text)
+
+
 def test_facts_of_a_model_are_its_own() -> None:
     """Guide and target may differ in what they can hold."""
     small = ScriptedBackend(ScriptedEngine([], info=ModelInfo("s", 100, 512, (0,))))

@@ -41,6 +41,7 @@ class FakeBackend:
     kv_tokens: int = 65536
     alive: bool = True
     vectors: VectorRegistry | None = None
+    guides: bool = False
     obedient: bool = True
     seen: list[Mapping[str, Any]] = field(default_factory=list)
 

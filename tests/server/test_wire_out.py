@@ -72,16 +72,23 @@ def test_a_completion_has_openais_shape_and_both_names_of_the_thoughts() -> None
 
 
 def test_usage_names_other_models_only_when_they_did_something() -> None:
-    """A request of one model looks as it always did."""
+    """A request of one model, without words of ours, looks as it always did."""
     alone = valid(UsageReport, wire_out.usage(plan(), USAGE, RACED))["strategy"]
     helped = replace(
-        USAGE, draft_tokens=40, prm_tokens=0, prm_passes=3, verifier_calls=2, verifier_tokens=2, cache_hit_ratio=1 / 3
+        USAGE,
+        injected_tokens=5,
+        draft_tokens=40,
+        prm_tokens=0,
+        prm_passes=3,
+        verifier_calls=2,
+        verifier_tokens=2,
+        cache_hit_ratio=1 / 3,
     )
     spent = valid(UsageReport, wire_out.usage(plan(), helped, RACED))["strategy"]
 
     assert {
-        "draft_tokens": 40, "prm_tokens": 0, "prm_passes": 3, "verifier_calls": 2, "verifier_tokens": 2,
-        "cache_hit_ratio": 0.3333,
+        "injected_tokens": 5, "draft_tokens": 40, "prm_tokens": 0, "prm_passes": 3, "verifier_calls": 2,
+        "verifier_tokens": 2, "cache_hit_ratio": 0.3333,
     } == {name: value for name, value in spent.items() if name not in alone}  # fmt: skip
 
 

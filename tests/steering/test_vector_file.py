@@ -36,6 +36,11 @@ def entry(begin: int = 0, end: int = 8, dtype: str = "F32", shape: object = (2,)
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
+def told(about: str) -> bytes:
+    """A good vector of which `about` is said."""
+    return raw({"layer.1": entry(), "__metadata__": {"thinkserve.steering": about}}, ONE)
+
+
 ONE = floats(1.0, 2.0)
 
 
@@ -116,6 +121,21 @@ def test_the_id_is_the_content() -> None:
         (raw({"layer.1": entry(), "__metadata__": {"thinkserve.steering": "{"}}, ONE), "metadata"),
         (raw({"layer.1": entry(), "__metadata__": {"thinkserve.steering": "NaN"}}, ONE), "metadata"),
         (raw({"layer.1": entry(), "__metadata__": {"thinkserve.steering": 5}}, ONE), "metadata"),
+        (raw(b'{"layer.1": ' + b"1" * 5000 + b"}", ONE), "not JSON"),
+        (raw(b'{"__metadata__": {"n": ' + b"1" * 5000 + b"}}", ONE), "not JSON"),
+        (told("[]"), "not a JSON object"),
+        (told('{"n": 1e999}'), "metadata"),
+        (told('{"n": [-1e999]}'), "metadata"),
+        (told('{"n": Infinity}'), "metadata"),
+        (told('{"n": ' + "1" * 5000 + "}"), "metadata"),
+        (told('{"n": ' + "1" * 4000 + "}"), "metadata"),
+        (told(f'{{"n": {-(2**64)}}}'), "metadata"),
+        (told('{"recipe": "\\ud800"}'), "metadata"),
+        (told('{"recipe": "\ud800"}'), "metadata"),
+        (told('{"a": [{"\\udfff": 1}]}'), "metadata"),
+        (told('{"a": ' + "[" * 64 + "]" * 64 + "}"), "more than 64 levels"),
+        (told('{"a": ' * 200 + "1" + "}" * 200), "more than 64 levels"),
+        (told('{"a": ' + "[" * 20000 + "]" * 20000 + "}"), "metadata"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -123,6 +143,30 @@ def test_what_is_no_vector_is_refused_with_the_reason(content: bytes, reason: st
     """Pickles, sizes from nowhere, other types and shapes, numbers that would break a forward pass."""
     with pytest.raises(BadVector, match=reason.replace("+", r"\+")):
         parse(content)
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        {},
+        {"n": 2**64 - 1, "m": -(2**64) + 1},
+        {"n": -0.0, "tiny": 5e-324},
+        {"recipe": "schnell \U0001f600 \x00"},
+        {"calibration": [None, True, "x"]},
+        {"a": json.loads("[" * 63 + "]" * 63)},
+    ],
+)
+def test_whatever_can_be_sent_as_json_may_be_said_of_a_vector(about: dict[str, Any]) -> None:
+    """Also by other writers, who do not escape what is not ASCII."""
+    assert about == parse(serialize(vector(1, about=about))).about == parse(told(json.dumps(about))).about
+    assert about == parse(told(json.dumps(about, ensure_ascii=False))).about
+
+
+@given(st.text(max_size=200))
+def test_whatever_is_said_of_a_vector_can_be_sent_on_or_is_refused(about: str) -> None:
+    """No other exception comes out."""
+    with suppress(BadVector):
+        json.dumps(parse(told(about)).about, ensure_ascii=False, allow_nan=False).encode("utf-8")
 
 
 @given(st.binary(max_size=200))

@@ -44,6 +44,12 @@ def test_one_infinite_certainty_makes_a_chain_infinitely_certain() -> None:
     assert inf == mean_certainty([token(1.0), token(inf), token(2.0), token(inf)])
 
 
+def test_tokens_of_which_nothing_is_known_do_not_count() -> None:
+    """A chain is as certain as the tokens that it drew."""
+    assert 1.5 == mean_certainty([token(1.0), token(nan), token(2.0), token(nan)])
+    assert 0.0 == mean_certainty([token(nan)])
+
+
 @given(VALUES, st.integers(1, 30))
 def test_the_window_is_the_mean_of_the_last_values(values: list[float], size: int) -> None:
     """At every moment, for every size."""

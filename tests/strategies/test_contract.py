@@ -22,6 +22,7 @@ from thinkserve.strategies.engine import (
     Answer,
     Delta,
     Event,
+    Finish,
     Job,
     Phase,
     Piece,
@@ -36,6 +37,7 @@ from thinkserve.strategies.errors import EngineDead, EngineFailed
 from thinkserve.strategies.pieces import Transcript
 from thinkserve.strategies.registry import Options, Strategy
 from thinkserve.strategies.scripted import plain_stats
+from thinkserve.strategies.single import STOPPED_BY
 from thinkserve.strategies.streams import Through
 from thinkserve.strategies.testing import Recorder, ScriptedEngine, example
 
@@ -278,14 +280,14 @@ def test_events_tell_a_complete_story(
 @EVERY
 @pytest.mark.parametrize("limit", ["ceiling", "deadline"])
 @pytest.mark.parametrize("at", [1, 4, 12, 40])
-def test_limits_of_the_request_end_it_in_good_order(name: str, limit: str, at: int) -> None:
+def test_limits_of_the_request_end_it_in_good_order(name: str, limit: Finish, at: int) -> None:
     """There is an answer of what exists, the reason is told, and nothing is generated beyond it."""
     entry = registry.get(name)
     engine = ScriptedEngine(["t" * 90 + "</think>1", "t" * 95], roles=ROLES, **{limit: at})  # type: ignore[arg-type]
 
     answer, _ = run(entry, Task(engine.encode("q<think>"), 99), engine, example(entry))
 
-    assert (limit, limit) == (answer.finish, answer.stopped_by)
+    assert (limit, STOPPED_BY[limit]) == (answer.finish, answer.stopped_by)
     assert [] == engine.live
     assert engine.generated <= (at if limit == "ceiling" else at * example(entry).chains())
 

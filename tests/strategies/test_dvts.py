@@ -59,3 +59,20 @@ def test_m_divides_n() -> None:
     """Otherwise there is no whole number of subtrees."""
     with pytest.raises(ValidationError, match="divide"):
         DvtsOptions(n=6, m=4)
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (2, 2), (6, 3), (7, 1), (8, 4), (10, 2), (12, 4), (64, 4)])
+def test_m_left_out_divides_n_too(n: int, m: int) -> None:
+    """The largest divisor up to 4; then no more is written at once than admission counted."""
+    options = DvtsOptions.model_validate_json(f'{{"n": {n}}}')
+    assert (m, n) == (options.m, options.chains())
+
+
+def test_no_more_is_written_at_once_than_was_counted() -> None:
+    """With a number that 4 does not divide: each round writes six steps, all subtrees together."""
+    world = World(lambda text: ("a\n\n", "b\n\n") if len(text) < 9 else ("",), lambda text: 0.5)
+
+    search("dvts", world, n=6)
+
+    rounds = [sum(count for text, count in world.visits.items() if len(text) == size) for size in (0, 3, 6)]
+    assert [6, 6, 6] == rounds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import nan
 from random import Random
 
@@ -10,8 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.strategies.worlds import World, search, text_of, told
-from thinkserve.strategies.errors import Unsupported
-from thinkserve.strategies.particle import Weights, effective, log_potential, normalised, systematic
+from thinkserve.strategies.engine import Path, Role, Score
+from thinkserve.strategies.errors import EngineFailed, Unsupported
+from thinkserve.strategies.particle import (
+    ParticleOptions,
+    Weights,
+    effective,
+    log_potential,
+    normalised,
+    systematic,
+)
+
+KINDS: tuple[Weights, ...] = ("odds", "softmax")
 
 
 @pytest.mark.parametrize(("kind", "weights"), [("odds", (0.890, 0.099, 0.011)), ("softmax", (0.472, 0.316, 0.212))])
@@ -106,7 +117,7 @@ def test_equal_particles_are_scored_once_and_count_as_many() -> None:
 
     answer, _ = search("particle", world, n=4, select="majority")
 
-    assert ({"2": 3, "1": 1}, 2) == (dict(answer.votes), len(world.scored[0][1]))
+    assert ({"2": 3, "1": 1}, 2) == (dict(answer.votes), sum(len(paths) for _, paths in world.scored))
 
 
 def test_without_a_reward_model_the_own_log_probabilities_weigh() -> None:
@@ -135,6 +146,39 @@ def test_with_a_reward_model_odds_are_the_default() -> None:
     world = World({"": ("a" * 9, "f" * 9)}, lambda text: 0.9 if "a" in text else 0.1)
 
     assert "a" * 9 == text_of(world, search("particle", world, n=2)[0])
+
+
+class Bereft(World):
+    """Its reward model has gone, and says so whatever it is asked."""
+
+    async def score(self, question: str, paths: Sequence[Path], role: Role = "reward") -> list[Score]:
+        raise EngineFailed("the reward model is gone")
+
+
+def test_a_reward_model_that_has_gone_is_done_without_where_nobody_asked_for_it() -> None:
+    """As if there were none, from the first step on and with a warning."""
+    world = Bereft({"": ("a" * 9, "f" * 9)}, lambda text: 0.9 if "a" in text else 0.1)
+
+    answer, _ = search("particle", world, n=2)
+
+    assert "f" * 9 == text_of(world, answer)
+    assert ["the reward model is not available"] == [warning.partition(";")[0] for warning in answer.warnings]
+    assert [0, 0] == [stream.job.logprobs for stream in world.history]
+
+
+def test_a_reward_model_that_has_gone_is_noticed_before_the_first_token_where_it_was_asked_for() -> None:
+    """Nothing is written that nobody can weigh."""
+    world = Bereft({"": ("a",)})
+
+    with pytest.raises(EngineFailed, match="gone"):
+        search("particle", world, n=2, weights="softmax")
+    assert [] == world.history
+
+
+@pytest.mark.parametrize(("weights", "roles"), [(None, {}), ("self", {}), *((w, {"weights": "reward"}) for w in KINDS)])
+def test_options_tell_which_model_they_need(weights: Weights | None, roles: dict[str, str]) -> None:
+    """So that a server can refuse them before it begins."""
+    assert roles == ParticleOptions(weights=weights).roles()
 
 
 def test_rewards_that_are_asked_for_need_their_model() -> None:

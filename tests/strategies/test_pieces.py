@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from itertools import pairwise
+from math import isnan
 
 import pytest
 from hypothesis import given
@@ -86,3 +88,9 @@ def test_the_end_of_the_stream_brings_out_what_was_held() -> None:
 def test_tokens_of_ours_are_certain_and_without_alternatives(logprobs: int | None, top: tuple[tuple[()], ...]) -> None:
     """In parallel to what a job with so many alternatives gives."""
     assert Delta((5, 6), (0.0, 0.0), top) == injected((5, 6), logprobs)
+
+
+def test_of_tokens_of_ours_no_statistics_are_known() -> None:
+    """For a job that asks for them there is one for each token, and no number in it."""
+    stats = injected((5, 6), None, stats=True).stats
+    assert [True] * 8 == [isnan(number) for each in stats for number in astuple(each)]

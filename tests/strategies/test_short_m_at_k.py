@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from thinkserve.strategies.engine import Answer, Event, Phase, Piece, Task
+from thinkserve.strategies.engine import Answer, Event, Finish, Phase, Piece, Task
 from thinkserve.strategies.errors import EngineFailed
 from thinkserve.strategies.short_m_at_k import ShortOptions, run
+from thinkserve.strategies.single import STOPPED_BY
 from thinkserve.strategies.testing import SCRIPTED, Recorder, ScriptedEngine, play
 
 MODES = ["wall-clock", "length-exact"]
@@ -247,13 +248,13 @@ def test_nothing_is_forced_without_room_for_it() -> None:
 
 
 @pytest.mark.parametrize(("limit", "at"), [("ceiling", 40), ("deadline", 20)])
-def test_a_limit_of_the_request_leaves_what_there_is(limit: str, at: int) -> None:
+def test_a_limit_of_the_request_leaves_what_there_is(limit: Finish, at: int) -> None:
     """Nobody closed: the longest chain as it is, nothing forced, and the reason told."""
     engine = ScriptedEngine([chain(500)], **{limit: at})  # type: ignore[arg-type]
 
     answer, out = race(engine, k=2, m=1)
 
-    assert (limit, limit) == (answer.stopped_by, answer.finish)
+    assert (STOPPED_BY[limit], limit) == (answer.stopped_by, answer.finish)
     assert "t" * 20 == engine.decode(out.tokens)
 
 

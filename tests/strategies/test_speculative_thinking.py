@@ -370,19 +370,19 @@ async def test_word_lists_come_plain_or_by_language() -> None:
 
 @pytest.mark.parametrize(
     ("context", "expected"),
-    [(32768, (20, 125, 125, 15, 100)), (8192, (20, 125, 125, 15, 100)), (4096, (20, 125, 125, 8, 100))],
+    [(32768, (20, 125, 125, 15, 100)), (8192, (20, 125, 125, 15, 100)), (4096, (20, 70, 70, 8, 100))],
 )
-def test_numbers_left_out_are_the_published_ones(context: int, expected: tuple[int, ...]) -> None:
-    """A sentence is no shorter in a small context; only what counts over a chain has its share. What is given holds."""
+def test_numbers_left_out_scale_with_the_model(context: int, expected: tuple[int, ...]) -> None:
+    """Published ones, or a small model's: its sentences are no shorter, its verifications are. What is given holds."""
     lengths = lengths_of(SpeculativeOptions(), context)
     assert expected == (lengths.n1, lengths.n2, lengths.n3, lengths.threshold, lengths.begin)
-    assert (7, 15) == (
-        lengths_of(SpeculativeOptions(n1=7), context).n1,
-        lengths_of(SpeculativeOptions(), 8192).threshold,
-    )
+    given = lengths_of(SpeculativeOptions(n1=7, n2=8, n3=9, threshold=10), context)
+    assert (7, 8, 9, 10) == (given.n1, given.n2, given.n3, given.threshold)
 
 
 def test_growth_is_the_published_one() -> None:
-    """125, 150, 175, 200, 200 tokens; 15, 20, 25, 30, 30 reflections."""
+    """125, 150, 175, 200, 200 tokens; 15, 20, 25, 30, 30 reflections. Of a small model the same share of its own."""
     lengths = lengths_of(SpeculativeOptions(), 32768)
     assert [(125, 15), (150, 20), (175, 25), (200, 30), (200, 30)] == [lengths.after(cues) for cues in range(5)]
+    small = lengths_of(SpeculativeOptions(), 4096)
+    assert [70, 84, 98, 112, 112] == [small.after(cues)[0] for cues in range(5)]

@@ -49,8 +49,8 @@ def test_a_model_that_has_used_a_marker_uses_them() -> None:
 
 
 def test_the_end_of_a_thought_is_shown_in_one_line() -> None:
-    """The last paragraphs, joined by spaces; of long ones the last tokens."""
-    engine = ScriptedEngine([""], roles=("target", "verifier"))
+    """The last paragraphs, joined by spaces; of long ones the last tokens, in those of the model that wrote them."""
+    engine = ScriptedEngine([""], roles=("target",))
     thought = ("Opening.", "So 3+4=7.", "So the answer is 7.")
 
     assert "So 3+4=7. So the answer is 7." == excerpt(thought, 2, 99, engine)

@@ -304,10 +304,12 @@ def test_limits_follow_from_the_request() -> None:
 
     world = World({})
 
-    free, capped = (limits(world.task(100, max_total_tokens=most), world, Three()) for most in (None, 150))
+    free, capped, short = (limits(world.task(100, max_total_tokens=most), world, Three()) for most in (None, 150, 60))
     single = limits(world.task(100), world, TreeOptions())
 
-    assert [(300, 25), (150, 25), (100, 0)] == [(each.tokens, each.reserve) for each in (free, capped, single)]
+    found = [(each.tokens, each.reserve) for each in (free, capped, short, single)]
+
+    assert [(300, 25), (150, 25), (60, 15), (100, 0)] == found
 
 
 async def test_the_last_tokens_are_spent_as_far_as_they_go() -> None:

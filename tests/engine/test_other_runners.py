@@ -1,6 +1,7 @@
-"""vLLM's model runner V2, the default on GPUs, steers as V1 does: here on the CPU, its Triton kernels interpreted.
+"""The ways in which GPUs run a model give what the eager one gives: compiled, and by vLLM's model runner V2.
 
-The other runner is chosen by the environment before vLLM is imported, so it runs in a child: this file as a program.
+On this CPU Inductor writes C++, and V2's Triton kernels are interpreted. Both are chosen before vLLM is imported, so
+each runs in a child: this file as a program.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from anyio.from_thread import BlockingPortal
 from thinkserve.server.vectors import SteeringVector
 from thinkserve.server.vllm_controls import steering
 from thinkserve.server.vllm_engine import VllmBackend
-from thinkserve.strategies.controls import Steer
+from thinkserve.strategies.controls import Guide, Steer
 from thinkserve.strategies.engine import Job, Sampling
 
 TIMEOUT = 600
@@ -38,7 +39,7 @@ def vectors() -> dict[str, SteeringVector]:
 
 
 async def scenario(backend: VllmBackend) -> list[dict[str, Any]]:
-    """Jobs side by side: unsteered, steered, several on some layers, only while thinking; two ask for statistics."""
+    """Jobs side by side: unsteered, steered, several on some layers, only while thinking, guided; two ask for stats."""
     bias = tuple((token, -100.0) for token in backend.info.eos)
     greedy, opened = Sampling(temperature=0.0, logit_bias=bias), backend.info.think_open
     jobs = [
@@ -47,6 +48,7 @@ async def scenario(backend: VllmBackend) -> list[dict[str, Any]]:
         Job((9, 8, 7), 10, greedy, logprobs=0, controls=(Steer("v", -1.0, (4,)), Steer("v", 0.5))),
         Job((5, *opened), 10, greedy, logprobs=0, thinking_budget=4, controls=(Steer("v", positions="thinking"),)),
         Job((7, *opened), 10, greedy, logprobs=0, stats=True),
+        Job((11, *opened), 10, greedy, logprobs=0, controls=(Guide(5),)),
     ]
     found: list[dict[str, Any]] = [{} for _ in jobs]
 
@@ -69,41 +71,56 @@ async def no_warm_up(backend: VllmBackend) -> None:
     """Nothing."""
 
 
-async def child() -> None:
-    """The scenario as JSON, and whether it was V2 that ran it."""
+async def child(runner: str) -> None:
+    """The scenario as JSON, and how it was run."""
     from thinkserve.server.settings import Settings
     from thinkserve.server.vllm_engine import create
 
-    # Its top-p kernel does not run in Triton's interpreter.
-    setattr(VllmBackend, "warm_up", no_warm_up)  # noqa: B010 -- mypy forbids the plain form
-    backend = await create(Settings(kv_cache_gib=0.05, max_model_len=256))
+    if runner == "V2":
+        # Its top-p kernel does not run in Triton's interpreter.
+        setattr(VllmBackend, "warm_up", no_warm_up)  # noqa: B010 -- mypy forbids the plain form
+    backend = await create(Settings(kv_cache_gib=0.05, max_model_len=256, enforce_eager=runner != "compiled"))
     try:
-        print(json.dumps([backend._llm.vllm_config.use_v2_model_runner, await scenario(backend)]))
+        config = backend._llm.vllm_config
+        how = {"V2": config.use_v2_model_runner, "compiled": config.compilation_config.mode == 3}
+        print(json.dumps([how, await scenario(backend)]))
     finally:
         await backend.aclose()
 
 
+@pytest.fixture(scope="module")
+def expected(portal: BlockingPortal, backend: VllmBackend) -> list[dict[str, Any]]:
+    """What the eager engine makes of the scenario."""
+    found: list[dict[str, Any]] = portal.call(scenario, backend)
+    return found
+
+
 @pytest.mark.slow
-def test_model_runner_v2_steers_as_v1_does(portal: BlockingPortal, backend: VllmBackend) -> None:
-    """The same tokens and log-probabilities, to the precision of float32."""
-    env = os.environ | {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-P", __file__]
+@pytest.mark.parametrize(
+    ("runner", "environment"),
+    [("V2", {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}), ("compiled", {"TORCHDYNAMO_DISABLE": "0"})],
+)
+def test_other_runners_do_as_the_eager_one(
+    expected: list[dict[str, Any]], runner: str, environment: dict[str, str]
+) -> None:
+    """The same tokens and log-probabilities, to the precision of float32, statistics too."""
+    env = os.environ | environment | {"PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-P", __file__, runner]
     ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     assert ran.returncode == 0, ran.stderr[-2000:]
-    was_v2, found = json.loads(ran.stdout.splitlines()[-1])
+    how, found = json.loads(ran.stdout.splitlines()[-1])
 
-    expected = portal.call(scenario, backend)
-
-    assert was_v2
+    assert {"V2": runner == "V2", "compiled": runner == "compiled"} == how
     assert [each["tokens"] for each in expected] == [each["tokens"] for each in found]
     for one, other in zip(expected, found, strict=True):
         assert pytest.approx(one["logprobs"], abs=5e-5) == other["logprobs"]
         assert pytest.approx(one["stats"], abs=5e-4) == other["stats"]
-    assert [0, 40, 0, 0, 40] == [len(each["stats"]) for each in found]
+    assert [0, 40, 0, 0, 40, 0] == [len(each["stats"]) for each in found]
 
 
 if __name__ == "__main__":
-    import_module("triton.backends").backends["cpu"] = SimpleNamespace(
-        driver=SimpleNamespace(is_active=lambda: True), compiler=None
-    )
-    anyio.run(child)
+    if sys.argv[1] == "V2":
+        import_module("triton.backends").backends["cpu"] = SimpleNamespace(
+            driver=SimpleNamespace(is_active=lambda: True), compiler=None
+        )
+    anyio.run(child, sys.argv[1])

@@ -1,0 +1,133 @@
+"""Strategies that ask a verifier on another server, whose tokenizer only that server knows."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from anyio.abc import ByteStream
+
+from tests.server.remote_fake import Asked, FakeVllm, told
+from thinkserve.server.model_dir import StartError
+from thinkserve.server.remote_engine import connect
+from thinkserve.server.roles import Roles
+from thinkserve.server.settings import RemoteSettings
+from thinkserve.server.testing import ScriptedBackend
+from thinkserve.strategies.engine import Engine, Task, Tokens
+from thinkserve.strategies.testing import ScriptedEngine, play
+from thinkserve.strategies.verifier import ALTERNATIVES
+
+pytestmark = pytest.mark.anyio
+PROMPT = "q<think>"
+
+
+def shifted(text: str) -> Tokens:
+    """Another tokenizer: a digit is another token than in the target's."""
+    return tuple(token + (51 <= token <= 60) for token in ScriptedEngine([]).encode(text))
+
+
+class Opinionated(FakeVllm):
+    """A verifier whose likeliest word, the token 7, is the one given; 8 is the opposite."""
+
+    def __init__(self, word: str, **more: Any) -> None:
+        words = {7: word, 8: "No" if word == "Yes" else "Yes"}
+
+        async def answers(asked: Asked, stream: ByteStream) -> bool:
+            if asked.path != "/detokenize":
+                return False
+            await stream.send(told({"prompt": words.get(asked.body["tokens"][0], "?")}))
+            return True
+
+        super().__init__([20], encode=shifted, fault=answers, **more)
+
+
+@asynccontextmanager
+async def asking(fake: FakeVllm, target: ScriptedEngine) -> AsyncIterator[Engine]:
+    """The engine of a request whose verifier is the fake."""
+    backend = ScriptedBackend(target)
+    async with fake.running() as url:
+        verifier = await connect(url, RemoteSettings(), backend, "verifier")
+        try:
+            assert verifier.text is None
+            yield Roles(backend, {"verifier": verifier}).engine("req")
+        finally:
+            await verifier.aclose()
+
+
+def questions(fake: FakeVllm) -> list[str]:
+    """What the verifier was asked."""
+    return [body["messages"][0]["content"] for body in fake.bodies("/tokenize") if "messages" in body]
+
+
+THOUGHT = "Wait, once more from the very start of it. Now then.\n\nSo the answer is 7.\n\n"
+
+
+@pytest.mark.parametrize("policy", ["continue", "fail"])
+async def test_trimr_needs_no_tokenizer_of_its_verifier(policy: str) -> None:
+    """Excerpts are cut in the target's tokens; three results that agree end the thinking under either policy."""
+    fake, engine = Opinionated("Yes"), ScriptedEngine([THOUGHT * 9 + "</think>It is 7."])
+    options = {"underthinking": False, "excerpt_tokens": 11, "mild_room": 20, "on_verifier_error": policy}
+    async with asking(fake, engine) as asked:
+        task = Task(engine.encode(PROMPT), 2000, question="3 + 4?")
+        answer, out = await play("trimr", asked, task, **options)
+
+    assert () == answer.warnings
+    rules = [event.data["rule"] for event in out.events if event.type == "budget.forced"]
+    assert {"overthinking"} == set(rules)
+    assert "Question: 3 + 4?\nExcerpt: nswer is 7.\nDoes" in questions(fake)[0]
+    assert any("Second excerpt: nswer is 7." in question for question in questions(fake))
+
+
+async def test_rap_needs_no_tokenizer_of_its_verifier() -> None:
+    """Its questions are whole texts; every step is found useful."""
+    fake, engine = Opinionated("Yes"), ScriptedEngine(["one.\n\nso 7", "two.\n\nso 7"])
+    async with asking(fake, engine) as asked:
+        task = Task(engine.encode("q<think></think>"), 200, phase="answer", question="3 + 4?")
+        answer, out = await play("rap", asked, task, samples=2, iterations=1)
+
+    assert () == answer.warnings
+    rewards = [event.data["reward"] for event in out.events if event.type == "node.scored"]
+    # Log-odds of 1 and half of the samples, weighed alike.
+    assert pytest.approx((0.731 * 0.5) ** 0.5, abs=1e-3) == rewards[0]
+    assert all("Is the next step useful?" in question for question in questions(fake))
+
+
+async def test_a_verifier_that_refuses_leaves_rap_a_step_undecided() -> None:
+    """A 400 of its server is no reason to end the search."""
+    fake, engine = Opinionated("Yes"), ScriptedEngine(["one.\n\nso 7"])
+    async with asking(fake, engine) as asked:
+        answers, body = fake.fault, {"error": {"message": "no logprobs here", "code": 400}}
+
+        async def refuses(asked: Asked, stream: ByteStream) -> bool:
+            if asked.path != "/v1/completions":
+                return await answers(asked, stream)
+            await stream.send(told(body, 400))
+            return True
+
+        fake.fault = refuses
+        task = Task(engine.encode("q<think></think>"), 200, phase="answer")
+        answer, _ = await play("rap", asked, task, samples=2, iterations=1)
+
+    assert "stop" == answer.finish
+    assert 1 == len(answer.warnings)
+    assert "a step was not judged: " in answer.warnings[0]
+
+
+async def test_a_server_that_gives_too_few_alternatives_is_found_out_at_the_start() -> None:
+    """As many are asked for as will be, and of no other role."""
+
+    async def at_most_five(asked: Asked, stream: ByteStream) -> bool:
+        if asked.path != "/v1/completions" or asked.body.get("logprobs", 0) <= 5:
+            return False
+        message = f"Requested sample logprobs of {ALTERNATIVES}, which is greater than max allowed: 5"
+        await stream.send(told({"error": {"message": message, "code": 400}}, 400))
+        return True
+
+    target = ScriptedBackend(ScriptedEngine([]))
+    async with FakeVllm(fault=at_most_five).running() as url:
+        with pytest.raises(StartError, match="max allowed: 5"):
+            await connect(url, RemoteSettings(), target, "verifier")
+        guide = await connect(url, RemoteSettings(), target, "guide")
+        await guide.aclose()
