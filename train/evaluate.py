@@ -128,8 +128,8 @@ class Evaluation:
         sides = {"states_result": exists, "same_result": same, "judge": judge, "forced_answer": forced}
         return {
             "medium": self.main("medium", n),
-            "easy": self.main("easy", n // 5),
-            "hard": self.main("hard", n // 5),
+            "easy": self.main("easy", max(1, n // 5)),
+            "hard": self.main("hard", max(1, n // 5)),
             "brief_medium": self.brief("medium", n),
             "side_tasks": {name: self.side(make, "medium", n // 2) for name, make in sides.items()},
         }

@@ -82,7 +82,7 @@ async def child(runner: str) -> None:
     backend = await create(Settings(kv_cache_gib=0.05, max_model_len=256, enforce_eager=runner != "compiled"))
     try:
         config = backend._llm.vllm_config
-        how = {"V2": config.use_v2_model_runner, "compiled": config.compilation_config.mode == 3}
+        how = {"V2": config.use_v2_model_runner, "compiled": bool(config.compilation_config.mode)}
         print(json.dumps([how, await scenario(backend)]))
     finally:
         await backend.aclose()

@@ -42,7 +42,7 @@ async def test_phases_follow_the_tags(phase: Phase | None, script: str, thinking
 
 @pytest.mark.parametrize(
     ("max_tokens", "ceiling", "finish", "stopped_by"),
-    [(99, None, "stop", "all_done"), (3, None, "length", "length"), (99, 3, "ceiling", "ceiling")],
+    [(99, None, "stop", "all_done"), (3, None, "length", "length"), (99, 3, "ceiling", "budget")],
 )
 async def test_the_answer_tells_how_it_ended(
     max_tokens: int, ceiling: int | None, finish: str, stopped_by: str

@@ -34,11 +34,11 @@ def test_one_command_trains_both_models(tmp_path: Path) -> None:
 
 def test_the_card_tells_both_trainings_and_the_evaluation(tmp_path: Path) -> None:
     """What was trained before is told with what was added, and the evaluation runs on vLLM."""
-    train(tmp_path, "--only", "small", "--problems", "5")
+    train(tmp_path, "--only", "small", "--problems", "2")
 
     folder = tmp_path / "models" / "arith-small"
     report = json.loads((folder / "evaluation.json").read_text())
     before = json.loads((MODELS / "arith-small" / "evaluation.json").read_text())["training"]
     assert before == report["training"]["before"]
-    assert report["medium"]["problems"] == 5
+    assert report["medium"]["problems"] == 2
     assert f"{before['tokens']:,} tokens in" in (folder / "README.md").read_text()
