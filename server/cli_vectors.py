@@ -27,9 +27,10 @@ from thinkserve.server.vectors import (
     SteeringVector,
     VectorRegistry,
     check_name,
-    checked,
-    read,
+    read_vector,
+    remove_files,
     shape_of,
+    vector_files,
     vectors_folder,
 )
 from thinkserve.server.vllm_launch import is_cpu_build, prepare_environment
@@ -154,11 +155,10 @@ def rm(name: NAME, model: MODEL = None, vectors_dir: FOLDER = None) -> None:
     with _told():
         check_name(name)
         folder = _folder(find_model(model), vectors_dir)
-        names = [file.stem for file in _files(folder)]
+        names = [file.stem for file in vector_files(folder)]
         if name not in names:
             raise BadVector(f"No steering vector {name!r}.{nearest(name, names)}")
-        for kind in ("safetensors", "json"):
-            (folder / f"{name}.{kind}").unlink(missing_ok=True)
+        remove_files(folder, name)
 
 
 @contextmanager
@@ -181,17 +181,12 @@ def _folder(model: ModelDir, folder: Path | None) -> Path:
     return vectors_folder(Settings.model_construct(vectors_dir=folder), model)
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-
-
 def _read(folder: Path, shape: Shape) -> tuple[list[SteeringVector], list[str]]:
     """The vectors of a folder, and what is wrong with each file that holds none."""
     good, bad = list[SteeringVector](), list[str]()
-    for file in _files(folder):
+    for file in vector_files(folder):
         try:
-            check_name(file.stem)
-            good.append(checked(file.stem, read(file), shape))
+            good.append(read_vector(file, shape))
         except (BadVector, OSError) as error:
             bad.append(f"{clean(file.name)}: {error}")
     return good, bad

@@ -14,16 +14,12 @@ from thinkserve.server.budget import ladder
 from thinkserve.server.choice import preset_choice
 from thinkserve.server.errors import ApiError, clean
 from thinkserve.server.modifier_types import ModifierCard
-from thinkserve.server.needs import abilities, check_needs, lacking
+from thinkserve.server.needs import abilities, check_available, lacking, missing_roles
 from thinkserve.server.plan import Backend
 from thinkserve.server.settings import Preset, Settings
 from thinkserve.server.translate import (
     Serving,
-    check_asked,
     check_chains,
-    check_over,
-    check_roles,
-    missing_roles,
     served_name,
 )
 from thinkserve.server.validation import nearest
@@ -52,12 +48,9 @@ def models(serving: Serving, created: int) -> ModelList:
 
 def runs(serving: Serving, preset: str) -> bool:
     """Whether a request for the preset would not be refused for what this server has and allows."""
-    choice, backend = preset_choice(preset, serving.settings, "model"), serving.backend
+    choice = preset_choice(preset, serving.settings, "model")
     try:
-        check_roles(choice.strategy, backend)
-        check_asked(choice, backend)
-        check_needs(choice.strategy, backend)
-        check_over(choice, backend)
+        check_available(choice, serving.backend)
         check_chains(choice, serving.settings)
     except ApiError:
         return False

@@ -18,6 +18,7 @@ from anyio import to_thread
 from starlette.requests import Request
 
 from thinkserve.server.errors import ApiError, clean
+from thinkserve.steering.vector_file import deeper_than
 
 MAX_DEPTH = 64
 MAX_KEYS = 4096  # each may be a complaint, and making a million of them would hold up every other request
@@ -63,10 +64,11 @@ def parse(raw: bytes) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise _invalid(f"The body is not JSON: {error.msg} (line {error.lineno}, column {error.colno}).") from None
     except RecursionError:
-        raise _invalid(f"The body is nested more than {MAX_DEPTH} levels deep.") from None
+        raise _deep() from None
     if not isinstance(value, dict):
         raise ApiError(400, "invalid_type", f"The body must be a JSON object, not {_name(value)}.")
-    _check_depth(value)
+    if deeper_than(MAX_DEPTH, value):
+        raise _deep()
     if odd:
         where = next((path for path, leaf in _walk(value) if isinstance(leaf, float) and math.isnan(leaf)), None)
         raise ApiError(400, "value_out_of_range", f"The number {clean(odd[0], 24)} is out of range.", param=where)
@@ -102,16 +104,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _check_depth(value: dict[str, Any]) -> None:
-    level: list[Any] = [value]
-    for _ in range(MAX_DEPTH):
-        children = (each.values() if isinstance(each, dict) else each for each in level)
-        level = [item for items in children for item in items if isinstance(item, (dict, list))]
-        if not level:
-            return
-    raise _invalid(f"The body is nested more than {MAX_DEPTH} levels deep.")
-
-
 def _walk(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Every leaf and every key with its dotted path; the depth is known to be small."""
     if isinstance(value, dict):
@@ -129,6 +121,10 @@ def _check_surrogates(value: dict[str, Any]) -> None:
     for path, leaf in _walk(value):
         if isinstance(leaf, str) and any("\ud800" <= char <= "\udfff" for char in leaf):
             raise ApiError(400, "invalid_json", "A string holds half of a surrogate pair.", param=path or None)
+
+
+def _deep() -> ApiError:
+    return _invalid(f"The body is nested more than {MAX_DEPTH} levels deep.")
 
 
 def _invalid(message: str) -> ApiError:

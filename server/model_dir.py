@@ -21,6 +21,12 @@ class StartError(Exception):
     """The server cannot start; the message is one line for the operator."""
 
 
+def one_line(error: Exception, said: str | None = None) -> str:
+    """The first line of what an error says (or of what was `said` instead) that is not blank; else its kind."""
+    lines = (str(error) if said is None else said).splitlines()
+    return next((line.strip() for line in lines if line.strip()), type(error).__name__)
+
+
 @dataclass(frozen=True, slots=True)
 class ModelDir:
     """A checked model directory. `weight_bytes` is the size of its safetensors files together.
@@ -146,5 +152,6 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise StartError(f"Model {name!r} is neither a directory nor to be had from Hugging Face: {first}") from error
+        raise StartError(
+            f"Model {name!r} is neither a directory nor to be had from Hugging Face: {one_line(error)}"
+        ) from error

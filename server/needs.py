@@ -1,13 +1,14 @@
-"""What strategies need of the engine beyond models: told alike by discovery, to clients at the edge and at start."""
+"""What strategies need of a deployment, models and abilities: told alike by discovery, to clients and at start."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 
 from thinkserve.server.choice import Choice
 from thinkserve.server.errors import ApiError
 from thinkserve.server.plan import Backend
 from thinkserve.strategies.controls import Guide
+from thinkserve.strategies.modifiers import Modifier, misfit
 from thinkserve.strategies.registry import Need, Strategy
 
 LACKING: dict[Need, str] = {
@@ -16,15 +17,54 @@ LACKING: dict[Need, str] = {
 }
 
 
-def abilities(backend: Backend) -> set[Need]:
+def abilities(backend: Backend) -> Mapping[Need, bool]:
     """What the engine can do of what strategies may need."""
-    able: dict[Need, bool] = {"steering": backend.vectors is not None, "guidance": backend.guides}
-    return {need for need, there in able.items() if there}
+    return {"steering": backend.vectors is not None, "guidance": backend.guides}
 
 
-def lacking(strategy: Strategy, able: Collection[Need]) -> str | None:
+def lacking(strategy: Strategy, able: Mapping[Need, bool]) -> str | None:
     """Why a strategy cannot run on an engine with these abilities; None when it can."""
-    return next((LACKING[need] for need in strategy.needs if need not in able), None)
+    return next((LACKING[need] for need in strategy.needs if not able[need]), None)
+
+
+def check_available(choice: Choice, backend: Backend) -> None:
+    """ApiError 400 when this deployment lacks what the strategy, its parameters or its modifiers need."""
+    check_roles(choice.strategy, backend)
+    check_asked(choice, backend)
+    check_needs(choice.strategy, backend)
+    check_over(choice, backend)
+
+
+def missing_roles(strategy: Strategy | Modifier, backend: Backend) -> list[str]:
+    """Roles that the strategy or modifier needs and this deployment does not have."""
+    return [role for role in strategy.roles if role not in backend.roles]
+
+
+def check_roles(strategy: Strategy, backend: Backend) -> None:
+    """ApiError 400 strategy_unavailable when a role that the strategy needs is not configured."""
+    if missing := missing_roles(strategy, backend):
+        message = f"Strategy {strategy.id!r} needs a model that is not configured: {', '.join(missing)}."
+        raise ApiError(400, "strategy_unavailable", message, param="strategy")
+
+
+def check_asked(choice: Choice, backend: Backend) -> None:
+    """ApiError 400 strategy_unavailable when a parameter asks for a model that is not configured."""
+    for name, role in choice.options.roles().items():
+        if role not in backend.roles:
+            message = f"{name} needs a model that is not configured: {role}."
+            # The parameters of a preset are the operator's.
+            where = f"{choice.param}.{name}" if choice.preset is None else choice.where
+            raise ApiError(400, "strategy_unavailable", message, param=where)
+
+
+def check_over(choice: Choice, backend: Backend) -> None:
+    """ApiError 400 when modifiers cannot lie below the strategy, or need a model that is not configured."""
+    for index, layer in enumerate(choice.over):
+        if (reason := misfit(layer.modifier, choice.strategy)) is not None:
+            raise ApiError(400, "unsupported_parameter", f"{reason}.", param=f"strategy.over.{index}")
+        if missing := missing_roles(layer.modifier, backend):
+            message = f"Modifier {layer.modifier.id!r} needs a model that is not configured: {', '.join(missing)}."
+            raise ApiError(400, "strategy_unavailable", message, param=f"strategy.over.{index}")
 
 
 def check_needs(strategy: Strategy, backend: Backend) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from ctypes import CDLL
 from dataclasses import dataclass
 
@@ -72,10 +73,9 @@ def check_names(settings: Settings, deployment: Deployment) -> None:
             raise StartError(f"{where} runs {chains} chains; max_chains allows {settings.max_chains}")
 
 
-def abilities(settings: Settings, model: ModelDir) -> set[Need]:
+def abilities(settings: Settings, model: ModelDir) -> Mapping[Need, bool]:
     """What the engine will be able to do; whether a predictor that is there fits is checked when it is loaded."""
-    able: dict[Need, bool] = {"steering": settings.steering, "guidance": predictor_folder(settings, model) is not None}
-    return {need for need, there in able.items() if there}
+    return {"steering": settings.steering, "guidance": predictor_folder(settings, model) is not None}
 
 
 def check_libraries() -> None:

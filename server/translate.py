@@ -14,7 +14,7 @@ from starlette.datastructures import Headers
 from thinkserve.server.budget import Thinking, thinking
 from thinkserve.server.choice import HEADER, Choice, choose
 from thinkserve.server.errors import ApiError, clean
-from thinkserve.server.needs import check_budget, check_needs
+from thinkserve.server.needs import check_available, check_budget
 from thinkserve.server.plan import Backend, Plan, Rendered
 from thinkserve.server.protocol import MAX_STEERS, ChatRequest
 from thinkserve.server.settings import Settings
@@ -22,7 +22,6 @@ from thinkserve.server.steered import check_steer, foreign, invalid, to_steers
 from thinkserve.strategies.controls import Steer
 from thinkserve.strategies.engine import ModelInfo, Sampling, Task
 from thinkserve.strategies.errors import BadOptions, TooLong
-from thinkserve.strategies.modifiers import Modifier, misfit
 from thinkserve.strategies.registry import Strategy, StreamMode
 
 TIMEOUT_HEADER = "X-Request-Timeout-Ms"
@@ -64,15 +63,12 @@ async def to_plan(chat: ChatRequest, headers: Headers, serving: Serving, request
     """The Plan of a request. Raises ApiError 400 or 404, TooLong, EngineDead."""
     settings, info = serving.settings, serving.backend.info
     choice = choose(chat, headers.getlist(HEADER), settings, served_name(serving))
-    check_roles(choice.strategy, serving.backend)
-    check_asked(choice, serving.backend)
-    check_over(choice, serving.backend)
+    check_available(choice, serving.backend)
     warnings = Warnings()
     sampling = to_sampling(chat, serving.backend.defaults, info, warnings)
     check_supports(chat, choice, sampling)
     check_chains(choice, settings)
     steers = to_controls(chat, choice, serving.backend, warnings)
-    check_needs(choice.strategy, serving.backend)
     thoughts = thinking(chat, info)
     rendered = await render(chat, serving.backend, thoughts)
     budget = to_budget(thoughts, rendered)
@@ -112,38 +108,6 @@ def question(chat: ChatRequest) -> str:
     """What the user asked last, as text."""
     asked = [message.text for message in chat.messages if message.role == "user"]
     return asked[-1] if asked else ""
-
-
-def missing_roles(strategy: Strategy | Modifier, backend: Backend) -> list[str]:
-    """Roles that the strategy or modifier needs and this deployment does not have."""
-    return [role for role in strategy.roles if role not in backend.roles]
-
-
-def check_roles(strategy: Strategy, backend: Backend) -> None:
-    """ApiError 400 strategy_unavailable when a role that the strategy needs is not configured."""
-    if missing := missing_roles(strategy, backend):
-        message = f"Strategy {strategy.id!r} needs a model that is not configured: {', '.join(missing)}."
-        raise ApiError(400, "strategy_unavailable", message, param="strategy")
-
-
-def check_asked(choice: Choice, backend: Backend) -> None:
-    """ApiError 400 strategy_unavailable when a parameter asks for a model that is not configured."""
-    for name, role in choice.options.roles().items():
-        if role not in backend.roles:
-            message = f"{name} needs a model that is not configured: {role}."
-            # The parameters of a preset are the operator's.
-            where = f"{choice.param}.{name}" if choice.preset is None else choice.where
-            raise ApiError(400, "strategy_unavailable", message, param=where)
-
-
-def check_over(choice: Choice, backend: Backend) -> None:
-    """ApiError 400 when modifiers cannot lie below the strategy, or need a model that is not configured."""
-    for index, layer in enumerate(choice.over):
-        if (reason := misfit(layer.modifier, choice.strategy)) is not None:
-            raise ApiError(400, "unsupported_parameter", f"{reason}.", param=f"strategy.over.{index}")
-        if missing := missing_roles(layer.modifier, backend):
-            message = f"Modifier {layer.modifier.id!r} needs a model that is not configured: {', '.join(missing)}."
-            raise ApiError(400, "strategy_unavailable", message, param=f"strategy.over.{index}")
 
 
 def check_supports(chat: ChatRequest, choice: Choice, sampling: Sampling) -> None:

@@ -113,35 +113,30 @@ class VectorRegistry:
         with self._lock:
             if name not in self._vectors:
                 return False
-            for file in self._files(name):
-                file.unlink(missing_ok=True)
+            remove_files(self._folder, name)
             self._vectors = MappingProxyType({other: v for other, v in self._vectors.items() if other != name})
         return True
 
     def _read(self) -> dict[str, SteeringVector]:
-        files = sorted(self._folder.glob("*.safetensors")) if self._folder.is_dir() else []
+        files = vector_files(self._folder)
         if len(files) > MAX_VECTORS:
             raise StartError(f"{self._folder} holds {len(files)} steering vectors; at most {MAX_VECTORS} are served")
         return {file.stem: self._read_one(file) for file in files}
 
     def _read_one(self, file: Path) -> SteeringVector:
         try:
-            check_name(file.stem)
-            return checked(file.stem, read(file), self.shape)
+            return read_vector(file, self.shape)
         except (BadVector, OSError) as error:
             raise StartError(f"Not a steering vector for this model: {file}: {error}") from None
 
     def _write(self, vector: SteeringVector) -> None:
         raw = serialize(VectorFile(vector.layers, vector.about))
         self._folder.mkdir(parents=True, exist_ok=True)
-        tensors, metadata = self._files(vector.name)
+        tensors, metadata = both_files(self._folder, vector.name)
         described = {"id": vector.id, "norms": {str(n): each for n, each in vector.norms.items()}, **vector.about}
         # The copy for people goes first: the tensors' file is complete by itself, and its rename is what counts.
         replace(metadata, (json.dumps(described, indent=1, sort_keys=True) + "\n").encode())
         replace(tensors, raw)
-
-    def _files(self, name: str) -> tuple[Path, Path]:
-        return self._folder / f"{name}.safetensors", self._folder / f"{name}.json"
 
 
 def check_name(name: str) -> None:
@@ -162,10 +157,27 @@ def checked(name: str, file: VectorFile, shape: Shape) -> SteeringVector:
     return SteeringVector(name, version, file.id, file.hidden, layers, norms, MappingProxyType(dict(file.about)))
 
 
-def read(file: Path) -> VectorFile:
-    """A vector from the operator's disk. Raises BadVector, OSError."""
+def vector_files(folder: Path) -> list[Path]:
+    """The files that should hold vectors, by name; none where there is no folder."""
+    return sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+
+
+def both_files(folder: Path, name: str) -> tuple[Path, Path]:
+    """Where a vector's tensors lie, and what is said of it for people."""
+    return folder / f"{name}.safetensors", folder / f"{name}.json"
+
+
+def remove_files(folder: Path, name: str) -> None:
+    """Take a vector off the disk, be its file usable or not. Raises OSError."""
+    for file in both_files(folder, name):
+        file.unlink(missing_ok=True)
+
+
+def read_vector(file: Path, shape: Shape) -> SteeringVector:
+    """The vector in a file of the operator's, by the file's name. Raises BadVector, OSError."""
+    check_name(file.stem)
     with file.open("rb") as stream:
-        return parse(stream.read(MAX_BYTES + 1))
+        return checked(file.stem, parse(stream.read(MAX_BYTES + 1)), shape)
 
 
 def replace(file: Path, content: bytes) -> None:

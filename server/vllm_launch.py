@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from thinkserve.server.deployment import Local
-from thinkserve.server.model_dir import StartError
+from thinkserve.server.model_dir import StartError, one_line
 from thinkserve.server.settings import Settings
 from thinkserve.server.vllm_args import eager, engine_args
 from thinkserve.server.vllm_fork import children_die_with_us, run_together
@@ -85,7 +85,7 @@ def told(error: Exception) -> str:
     said = note() or str(error)
     if isinstance(error, ValidationError):
         said = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
-    return next((line.strip() for line in said.splitlines() if line.strip()), type(error).__name__)
+    return one_line(error, said)
 
 
 def is_cpu_build() -> bool:

@@ -160,7 +160,7 @@ def _about(metadata: object) -> dict[str, Any]:
         raise BadVector("the file's metadata are not JSON, or hold what cannot be sent as JSON") from None
     if not isinstance(about, dict):
         raise BadVector("the file's metadata are not a JSON object")
-    if _deeper_than(MAX_DEPTH, about):
+    if deeper_than(MAX_DEPTH, about):
         raise BadVector(f"the file's metadata are nested more than {MAX_DEPTH} levels deep")
     return about
 
@@ -179,7 +179,8 @@ def _integer(literal: str) -> int:
     return value
 
 
-def _deeper_than(most: int, value: Any) -> bool:
+def deeper_than(most: int, value: Any) -> bool:
+    """Whether parsed JSON has more than `most` objects and lists within each other; without recursion."""
     level: list[Any] = [value]
     for _ in range(most):
         items = (item for each in level for item in (each.values() if isinstance(each, dict) else each))

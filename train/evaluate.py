@@ -131,7 +131,7 @@ class Evaluation:
             "easy": self.main("easy", max(1, n // 5)),
             "hard": self.main("hard", max(1, n // 5)),
             "brief_medium": self.brief("medium", n),
-            "side_tasks": {name: self.side(make, "medium", n // 2) for name, make in sides.items()},
+            "side_tasks": {name: self.side(make, "medium", max(1, n // 2)) for name, make in sides.items()},
         }
 
 

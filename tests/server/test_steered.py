@@ -170,7 +170,7 @@ def test_steering_while_thinking_needs_a_model_that_marks_it(serve: Serve, regis
 
 
 def test_an_engine_that_cannot_steer_says_so(serve: Serve, registry: VectorRegistry) -> None:
-    """For modifier and strategy alike, and in discovery."""
+    """A modifier cannot be honoured, a strategy is not available, and discovery says why."""
     plain, able = steered(serve, None), steered(serve, registry)
     modifier = plain.chat(strategy={"name": "single", "steer": [{"vector": "brief"}]}).json()["error"]
     strategy = plain.chat(strategy={"name": "steering", "params": {"vector": "brief"}}).json()["error"]
@@ -178,9 +178,9 @@ def test_an_engine_that_cannot_steer_says_so(serve: Serve, registry: VectorRegis
     supports = [s.client.get("/v1/strategies/majority").json()["supports"]["steer"] for s in (plain, able)]
     cards = [s.client.get("/v1/strategies/steering").json() for s in (plain, able)]
 
-    assert {("invalid_steering", "The engine of this server does not steer.")} == {
-        (error["code"], error["message"]) for error in (modifier, strategy)
-    }
+    assert (modifier["code"], modifier["message"]) == ("invalid_steering", "The engine of this server does not steer.")
+    assert (strategy["code"], strategy["param"]) == ("strategy_unavailable", "strategy")
+    assert cards[0]["unavailable_reason"] in strategy["message"]
     assert [False, True] == supports == [card["available"] for card in cards]
     assert ["the engine does not steer", None] == [card["unavailable_reason"] for card in cards]
     assert [["hidden_states"]] * 2 == [card["requires"] for card in cards]

@@ -16,10 +16,11 @@ from starlette.datastructures import Headers
 from thinkserve.server.choice import Choice
 from thinkserve.server.errors import ApiError, body, from_exception
 from thinkserve.server.json_body import parse
+from thinkserve.server.needs import check_roles
 from thinkserve.server.plan import Plan, Rendered, ServedModel
 from thinkserve.server.protocol import REFUSED, ChatRequest, parse_chat
 from thinkserve.server.settings import Settings
-from thinkserve.server.translate import check_roles, check_supports, to_plan, to_stream_mode
+from thinkserve.server.translate import check_supports, to_plan, to_stream_mode
 from thinkserve.server.vectors import VectorRegistry
 from thinkserve.strategies import registry
 from thinkserve.strategies.engine import Engine, ModelInfo, Phase, Role, Sampling
