@@ -174,11 +174,11 @@ class ChatStream(ChatResponse):
         await self._writer.write(b"".join(blocks))
 
     async def _emit(self, item: Piece | Event) -> None:
-        if isinstance(item, Piece):
-            for phase, text in self.text.push(item):
-                if block := self._block(phase, text):
-                    await self._writer.write(block)
-        elif self._progress:
+        texts = self.text.push(item) if isinstance(item, Piece) else self.text.anew() if item.type == "leader" else []
+        for phase, text in texts:
+            if block := self._block(phase, text):
+                await self._writer.write(block)
+        if self._progress and isinstance(item, Event):
             self._seq += 1
             t_ms = (monotonic() - self._started) * 1000
             await self._writer.write(data(self._chunks.progress(item, self._seq, t_ms)))

@@ -13,6 +13,7 @@ from anyio import CancelScope, current_time
 
 from thinkserve.server.answer_stops import AnswerStops
 from thinkserve.server.errors import NO_RETRY, ApiError, from_exception
+from thinkserve.server.leader import Leader
 from thinkserve.server.limits import LimitedEngine
 from thinkserve.server.meter import FINISHED, MeteredEngine, Tally
 from thinkserve.server.metrics import ChainEnd, Metrics, RequestOutcome
@@ -152,12 +153,15 @@ class Execution:
 
     async def decision(self, emit: Emit) -> Answer:
         """The strategy's answer; TimeoutError when it does not decide within the grace after its deadline."""
-        plan, self._emitted.emit = self.plan, emit
+        plan, engine, self._emitted.emit = self.plan, self._engine, emit
+        if plan.stream_mode == "leader":
+            engine = leader = Leader(engine, plan.task, emit)
+            self._emitted.emit = leader.commit
         if plan.timeout_s is not None:
             self._scope.deadline = current_time() + plan.timeout_s + GRACE_S
         try:
             with self._limits, self._scope:
-                answer = await plan.strategy.run(plan.task, self._engine, self._emitted, plan.options)
+                answer = await plan.strategy.run(plan.task, engine, self._emitted, plan.options)
                 warnings = (warning for each in self._modified for warning in each.warnings)
                 return replace(answer, warnings=(*answer.warnings, *warnings))
         except BaseExceptionGroup as group:

@@ -56,6 +56,7 @@ class TextOut:
         self._phase: Phase | None = None
         self._detokenizer: Detokenizer = engine.detokenizer()
         self._maybe_tag: Tokens = ()
+        self._fresh = True  # a paragraph of thoughts begins
         self._held = ""
         self._arrived = self._released = 0
         self._waiting: deque[tuple[int, TokenLogprob]] = deque()
@@ -85,6 +86,12 @@ class TextOut:
         else:
             text = self._detokenizer.push(self._without_tags(piece.tokens))
         return [*out, *self._release(piece.phase, text)]
+
+    def anew(self) -> list[tuple[Phase, str]]:
+        """The thoughts that come next are another chain's: a paragraph of its own."""
+        out = self._turn()
+        self._phase, self._fresh = None, True
+        return [*out, *self._emit("thinking", "\n\n")]
 
     def flush(self) -> list[tuple[Phase, str]]:
         """Everything still held back; call it once, after the last piece."""
@@ -127,7 +134,9 @@ class TextOut:
 
     def _release(self, phase: Phase, text: str) -> list[tuple[Phase, str]]:
         if phase == "thinking":
-            return self._emit(phase, text if self._texts["thinking"] else text.lstrip("\n"))
+            text = text.lstrip("\n") if self._fresh else text
+            self._fresh = self._fresh and not text
+            return self._emit(phase, text)
         text, self._held = self._held + text, ""
         found = [(at + len(stop), at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
         if found:

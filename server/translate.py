@@ -67,6 +67,7 @@ async def to_plan(chat: ChatRequest, headers: Headers, serving: Serving, request
     warnings = Warnings()
     sampling = to_sampling(chat, serving.backend.defaults, info, warnings)
     check_supports(chat, choice, sampling)
+    mode = to_stream_mode(chat, choice.strategy)
     check_chains(choice, settings)
     steers = to_controls(chat, choice, serving.backend, warnings)
     thoughts = thinking(chat, info)
@@ -93,7 +94,7 @@ async def to_plan(chat: ChatRequest, headers: Headers, serving: Serving, request
         options=choice.options,
         stop=chat.stops,
         timeout_s=to_timeout(chat, headers, settings, warnings),
-        stream_mode=to_stream_mode(chat, choice.strategy),
+        stream_mode=mode if chat.stream else "winner",
         preset=choice.preset,
         salt=salt,
         warnings=(*thoughts.warnings, *warnings.texts),

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from thinkserve.strategies.chains import Lane, Race
 from thinkserve.strategies.engine import Answer, Emit, Engine, Event, Path, Task
-from thinkserve.strategies.registry import Supports, strategy
+from thinkserve.strategies.registry import LED, Supports, strategy
 from thinkserve.strategies.rewards import Aggregate, RewardOptions, aggregated, cleaned, solution_steps
 from thinkserve.strategies.settle import Choice, by_vote, settle
 
@@ -39,7 +39,7 @@ class BestOfNOptions(RewardOptions):
     options=BestOfNOptions,
     reference="arXiv:2305.20050",
     roles=("target", "reward"),
-    supports=Supports(over=True),
+    supports=Supports(stream=LED, over=True),
 )
 async def run(task: Task, engine: Engine, emit: Emit, options: BestOfNOptions) -> Answer:
     """k chains run to their ends; the one that a process reward model likes best answers."""

@@ -250,7 +250,7 @@ def chain_seed(seed: int, index: int) -> int:
 
 
 EventType = Literal[
-    "chain.started", "chain.progress", "chain.finished", "chain.aborted", "vote", "winner", "budget.forced",
+    "chain.started", "chain.progress", "chain.finished", "chain.aborted", "leader", "vote", "winner", "budget.forced",
     "node.created", "node.scored", "node.expanded", "node.pruned", "steer.applied", "takeover", "verifier", "error",
 ]  # fmt: skip
 

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from thinkserve.strategies.chains import Race
 from thinkserve.strategies.engine import Answer, Emit, Engine, Task
-from thinkserve.strategies.registry import Options, Supports, strategy
+from thinkserve.strategies.registry import LED, Options, Supports, strategy
 from thinkserve.strategies.settle import settle
 
 
@@ -33,7 +33,7 @@ class MajorityOptions(Options):
     title="majority@k",
     options=MajorityOptions,
     reference="arXiv:2203.11171",
-    supports=Supports(over=True),
+    supports=Supports(stream=LED, over=True),
 )
 async def run(task: Task, engine: Engine, emit: Emit, options: MajorityOptions) -> Answer:
     """k chains run to their ends; the most frequent answer wins, in the words of its shortest chain."""

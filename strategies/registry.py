@@ -22,6 +22,8 @@ from thinkserve.strategies.errors import UnknownStrategy
 
 GROUP = "thinkserve.strategies"
 StreamMode = Literal["winner", "leader", "none"]
+# For strategies whose chains are each one job on the task's prompt.
+LED: tuple[StreamMode, ...] = ("winner", "leader", "none")
 Need = Literal["steering", "guidance"]
 
 

@@ -21,7 +21,7 @@ from pydantic import Field
 from thinkserve.strategies.chains import Lane, Race
 from thinkserve.strategies.confidence import borda
 from thinkserve.strategies.engine import Answer, Emit, Engine, Event, Task
-from thinkserve.strategies.registry import Options, Supports, strategy
+from thinkserve.strategies.registry import LED, Options, Supports, strategy
 from thinkserve.strategies.settle import Choice, by_vote, settle
 
 # The paper's heuristic (section 5): few chains vote almost equally, many leave the decision to the sure ones.
@@ -53,7 +53,7 @@ class SelfCertaintyOptions(Options):
     title="Self-certainty",
     options=SelfCertaintyOptions,
     reference="arXiv:2502.18581",
-    supports=Supports(over=True),
+    supports=Supports(stream=LED, over=True),
 )
 async def run(task: Task, engine: Engine, emit: Emit, options: SelfCertaintyOptions) -> Answer:
     """k chains run to their ends and vote by how certain they are, or the most certain one answers."""

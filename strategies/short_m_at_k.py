@@ -19,7 +19,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from thinkserve.strategies.chains import Lane, Race
 from thinkserve.strategies.engine import Answer, Emit, Engine, Task
-from thinkserve.strategies.registry import Options, Supports, strategy
+from thinkserve.strategies.registry import LED, Options, Supports, strategy
 from thinkserve.strategies.settle import settle
 
 
@@ -59,7 +59,7 @@ class ShortOptions(Options):
     options=ShortOptions,
     reference="arXiv:2505.17813",
     aliases=("short-m@k",),
-    supports=Supports(over=True),
+    supports=Supports(stream=LED, over=True),
 )
 async def run(task: Task, engine: Engine, emit: Emit, options: ShortOptions) -> Answer:
     """k chains; the first m to finish thinking vote, the others stop at once."""

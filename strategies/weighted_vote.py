@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from thinkserve.strategies.best_of_n import BestOfNOptions, rewarded
 from thinkserve.strategies.chains import Lane, Race
 from thinkserve.strategies.engine import Answer, Emit, Engine, Task
-from thinkserve.strategies.registry import Supports, strategy
+from thinkserve.strategies.registry import LED, Supports, strategy
 from thinkserve.strategies.settle import Choice, by_vote, settle
 
 
@@ -30,7 +30,7 @@ class WeightedVoteOptions(BestOfNOptions):
     options=WeightedVoteOptions,
     reference="arXiv:2206.02336",
     roles=("target", "reward"),
-    supports=Supports(over=True),
+    supports=Supports(stream=LED, over=True),
 )
 async def run(task: Task, engine: Engine, emit: Emit, options: WeightedVoteOptions) -> Answer:
     """k chains run to their ends and vote with weights from a process reward model."""
