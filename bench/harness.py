@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -107,13 +107,20 @@ class Work:
 
 def run_folder(options: Options, cache: Path = ROOT / ".cache" / "bench") -> Path:
     """Where a run keeps its journal and logs: another option, machine, model or state of the code is another run."""
-    digest = hashlib.sha256(json.dumps([asdict(options), machine(), versions()]).encode())
-    for path in sorted(Path(options.model).glob("*.safetensors")):
-        stat = path.stat()
-        digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
+    return cache / state(asdict(options), [options.model])
+
+
+def state(options: Mapping[str, object], models: Sequence[str]) -> str:
+    """A name for the state of all that decides figures: options, machine, versions, code, and the models' weights."""
+    digest = hashlib.sha256(json.dumps([dict(options), machine(), versions()]).encode())
+    for model in map(Path, models):
+        # Vectors and predictors below it, too.
+        for path in sorted(model.rglob("*.safetensors")):
+            stat = path.stat()
+            digest.update(f"{path.relative_to(model)} {stat.st_size} {stat.st_mtime_ns}".encode())
     for path in sorted([*ROOT.glob("server/*.py"), *ROOT.glob("strategies/*.py")]):
         digest.update(path.read_bytes())
-    return cache / digest.hexdigest()[:12]
+    return digest.hexdigest()[:12]
 
 
 def machine() -> str:

@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from hashlib import sha256
 from pathlib import Path
 from statistics import fmean
 from time import perf_counter
@@ -20,7 +19,7 @@ from typing import Any
 import httpx
 
 from bench import stats
-from bench.harness import ROOT, Journal, at_once, keep, machine, table, versions
+from bench.harness import ROOT, Journal, at_once, keep, machine, state, table, versions
 from bench.stats import Interval
 from bench.tasks import Problem, correct
 from thinkserve.server.plan import Backend
@@ -150,16 +149,17 @@ async def _one(client: httpx.AsyncClient, row: Row, problem: Problem, index: int
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run of a bench: its name, the model's folder, and the options that make it this run and no other."""
+    """One run of a bench: its name, the folders of the model and of others `beside` it, the options that make it."""
 
     name: str
     model: str
     options: Mapping[str, object]
+    beside: tuple[str, ...] = ()
 
     def journal(self) -> Journal:
-        """Where finished samples are; one file for each set of options, machine and versions."""
-        whole = json.dumps([machine(), versions(), Path(self.model).name, dict(self.options)], sort_keys=True)
-        return Journal(ROOT / ".cache" / "bench" / f"{self.name}-{sha256(whole.encode()).hexdigest()[:12]}.jsonl")
+        """Where finished samples are; one file for each state of what decides them."""
+        known = state(self.options, [self.model, *self.beside])
+        return Journal(ROOT / ".cache" / "bench" / f"{self.name}-{known}.jsonl")
 
     def publish(self, tables: Sequence[Table], plot: str | None, out: Path | None) -> None:
         """Print the tables and one line of JSON, and keep both, with the plot, in a folder if one is given."""

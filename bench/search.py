@@ -149,7 +149,7 @@ def command(
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}: not one of {', '.join(METHODS)}")
     count, asked = 8 if quick else problems, Asked(concurrency, temperature=0.8)
     told = {"reward": Path(reward).name, "problems": count, "level": level, "a-star": TOLD, **asdict(asked)}
-    run = Run("search", model, told)
+    run = Run("search", model, told, (reward,))
     done = anyio.run(bench, (model, reward), methods, budgets, load(level, count, asked.seed), asked, run.journal())
     rows = list(map(cells, done))
     run.publish([(HEADER, rows), (TARGETS, verdicts(done))], plot(done), None if quick else out)

@@ -85,7 +85,8 @@ def command(
 ) -> None:
     """Measure, print the tables and one line of JSON, and keep both."""
     count, asked = 12 if quick else problems, Asked(concurrency)
-    run = Run("speculative", small, {"guide": Path(large).name, "problems": count, "level": level, **asdict(asked)})
+    told = {"guide": Path(large).name, "problems": count, "level": level, **asdict(asked)}
+    run = Run("speculative", small, told, (large,))
     done = anyio.run(bench, small, large, load(level, count, asked.seed), asked, run.journal())
     run.publish([(HEADER, list(map(cells, done))), (TARGETS, verdicts(*done))], None, None if quick else out)
 

@@ -70,6 +70,16 @@ def test_a_run_is_kept_as_text_json_and_plot(tmp_path: Path, capsys: pytest.Capt
     assert [[{"a": "1", "b": "2"}]] == json.loads(capsys.readouterr().out.splitlines()[-1])["tables"]
 
 
+def test_other_weights_of_any_model_are_another_run(tmp_path: Path) -> None:
+    """Samples of a reward model that was trained anew do not pass for those of the old one."""
+    (tmp_path / "model.safetensors").write_bytes(b"old")
+    run = Run("name", "models/arith-small", {"problems": 2}, (str(tmp_path),))
+    before = run.journal().path
+    (tmp_path / "model.safetensors").write_bytes(b"newer")
+
+    assert before != run.journal().path == run.journal().path
+
+
 def test_a_star_is_judged_where_it_first_is_as_accurate_as_best_of_8() -> None:
     """Its cheapest such row counts; without one, the cheapest of all, and that is a miss."""
     best = measured("best-of-n@8", [True, True, False], 900, {"prm_passes": 8})
