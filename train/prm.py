@@ -6,7 +6,6 @@ It reads what the family writes, and its reward for a step is the probability of
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -14,12 +13,8 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import Qwen3ForTokenClassification
 
-from thinkserve.train.data import Batcher
 from thinkserve.train.export import publish, shape_of
-from thinkserve.train.loop import Recipe, Run
-from thinkserve.train.model import Learner, Model, Shape, hf_config
-from thinkserve.train.prm_chains import Chain
-from thinkserve.train.prm_data import StepBatcher
+from thinkserve.train.model import Model, Shape, hf_config
 from thinkserve.train.tokenizer import special
 
 LABELS = ("wrong", "right")
@@ -28,7 +23,7 @@ NAME = "arith-prm"
 FORMAT = {"format": "thinkserve"}  # how a server must write a chain for this model: as the family does
 
 
-class RewardModel(Learner):
+class RewardModel(nn.Module):
     """The trunk and the head; parameter names are Hugging Face's."""
 
     def __init__(self, trunk: Model) -> None:
@@ -44,24 +39,6 @@ class RewardModel(Learner):
     def rewards(self, ids: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Probability [batch, time] that a step which ends here is right."""
         return self(ids, cos, sin).float().softmax(-1)[..., LABELS.index("right")]  # type: ignore[no-any-return]
-
-
-class RewardRun(Run):
-    """The training run of a reward model, all of it; `begin` are the weights it begins with."""
-
-    def __init__(
-        self, recipe: Recipe, tokenizer: Tokenizer, folder: Path, chains: Sequence[Chain], begin: RewardModel
-    ) -> None:
-        self.chains, self.begin = chains, begin
-        super().__init__(recipe, tokenizer, folder)
-
-    def learner(self) -> RewardModel:
-        """What it begins with, nothing in it frozen."""
-        return self.begin.requires_grad_()
-
-    def batches(self, tokenizer: Tokenizer) -> Batcher:
-        """Labelled steps."""
-        return StepBatcher(tokenizer, self.chains, self.recipe.batch, self.recipe.longest, self.recipe.seed)
 
 
 def to_hf(weights: dict[str, Tensor], shape: Shape, tokenizer: Tokenizer) -> Qwen3ForTokenClassification:

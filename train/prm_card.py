@@ -30,8 +30,8 @@ family's three kinds of problem, written as the family writes them, and nothing 
 - A step is right if every equation in it, what it takes from earlier results, the state it writes out and the answer it
   concludes with are right; what builds on a wrong value is wrong until it is corrected (`train/step_labels.py`)
 - Data: {data}
-- First lesson: two fresh layers on the frozen trunk learn to notice what the trunk did not expect; {lesson}
-- Training: all of it, on labelled steps; {training}
+- Training: two fresh layers on arith-large as it is, which learn to notice what it did not expect, and from labelled
+  steps what that means; {training}
 
 ## Evaluation
 `python -m thinkserve.train --only prm --evaluate` prints this again. {chains} chains that {author} wrote at T=0.7 for
@@ -70,7 +70,6 @@ def write_card(folder: Path, shape: Shape, log: dict[str, Any], report: dict[str
         prompt="<|im_start|>user\\n{question}<|im_end|>\\n<|im_start|>assistant\\n<think>\\n",
         parameters=report["parameters"],
         data=log["data"],
-        lesson=told(log["before"]),
         training=told(log),
         chains=report["chains"],
         author=report["author"],

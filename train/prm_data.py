@@ -23,9 +23,9 @@ from thinkserve.train.traces import Habits, Style, write_trace
 # Share of written traces among the documents, at the beginning and at the end: the family makes too few mistakes to
 # learn from, but how many it makes is what rewards have to know in the end.
 TRACES = (0.5, 0.2)
-# In the lesson, up to this part of it all documents have tokens exchanged at random, and no labels; then this share of
+# Up to this part of it all documents have tokens exchanged at random, and no labels; then this share of
 # them. And how many of their tokens are exchanged.
-FIRST, NOISY = 0.5, 0.15
+FIRST, NOISY = 0.35, 0.15
 NOISE = (0.05, 0.2)
 PAD, OPENED = SPECIAL.index("<|endoftext|>"), SPECIAL.index("<think>")
 CLOSE = "\n</think>\n\n"

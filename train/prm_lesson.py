@@ -1,8 +1,9 @@
-"""The reward model's first lesson: to notice, on a trunk that stays as it is, what the trunk did not expect.
+"""The reward model's training: to notice, on a trunk that stays as it is, what the trunk did not expect.
 
 A language model knows the next digit before it comes, but has no use for looking back at whether it did come. That
 comparison is what judging a step rests on; from labels at the ends of steps alone it takes long to form. So the first
-of the fresh layers is given a task of its own, and both begin with their eyes where they are needed.
+of the fresh layers is given a task of its own, and both begin with their eyes where they are needed. The trunk stays
+frozen to the end: trained on, it forgets what it expected (step AUROC 0.94 became 0.89).
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ STEP = re.compile(rf".*?(?:\n\n|{re.escape(END)})", re.DOTALL)
 REFLECTION = re.compile(r"Wait|Hmm|Alternatively")
 EQUATION = re.compile(r"(-?\d+)([+*-])(-?\d+)=(-?\d+)(?:, leaving ([^\s.;]+))?")
 CONCLUSION = re.compile(r"(?:answer is(?: still)?|Answer:) (?:\\boxed\{([^{}]*)\}|(-?\w+))")
-REPORT = re.compile(r"(?:Wait|Hmm), this time I got \w+ instead of \w+\.")  # of two results; claims neither
+REPORT = re.compile(r"Wait, this time I got \w+ instead of \w+\.")  # of two results; claims neither
 PAIR = re.compile(rf"\b(?:{'|'.join(PEOPLE)}) (?:{'|'.join(OBJECTS)})\b")
 CLAIM = re.compile(rf"\d|=|become|[Aa]nswer|{PAIR.pattern}")
 EXCHANGE = re.compile(r"(\w+) (\w+), (\w+) (\w+) become (\w+) (\w+), (\w+) (\w+)")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,6 @@ from transformers import AutoModelForCausalLM
 from thinkserve.train.export import export, load, to_hf
 from thinkserve.train.model import CONTEXT, SHAPES, Model, Shape, rotations
 
-# The committed large model was trained before its feed-forward layers were twice as wide as the small one's.
-TRAINED = {"small": SHAPES["small"], "large": replace(SHAPES["large"], feed_forward=704)}
 MODELS = Path(__file__).resolve().parents[2] / "models"
 TOKENIZER = Tokenizer.from_file(str(MODELS / "arith-small" / "tokenizer.json"))
 TINY = Shape("tiny", hidden=64, layers=2, feed_forward=96, heads=4, kv_heads=2, head_dim=16)
@@ -83,7 +80,7 @@ def test_the_committed_model_is_the_family_s(size: str) -> None:
     folder = MODELS / SHAPES[size].name
     assert {torch.bfloat16} == {weight.dtype for weight in load_file(folder / "model.safetensors").values()}
     model = load(folder)[0].eval()
-    assert TRAINED[size] == model.shape
+    assert SHAPES[size] == model.shape
     ids = torch.tensor([TOKENIZER.encode("<|im_start|>user\nCompute 12+5.<|im_end|>\n").ids])
     hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():

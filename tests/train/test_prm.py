@@ -27,7 +27,7 @@ from thinkserve.train.export import load
 from thinkserve.train.loop import Recipe
 from thinkserve.train.model import IGNORE, SHAPES, Model, Shape, rotate, rotations
 from thinkserve.train.prm import FORMAT as WRITTEN
-from thinkserve.train.prm import RewardModel, RewardRun, export, load_reward
+from thinkserve.train.prm import RewardModel, export, load_reward
 from thinkserve.train.prm_chains import (
     Chain,
     evaluation_tasks,
@@ -166,8 +166,8 @@ def test_a_resumed_run_learns_on(tmp_path: Path) -> None:
     assert "reward.model.embed_tokens.weight" not in learned
 
 
-def test_a_lesson_ends_as_loud_as_its_trunk_and_all_of_it_learns_on(tmp_path: Path) -> None:
-    """The rewards are those of the lesson; the training then changes the trunk as well."""
+def test_what_was_taught_is_as_loud_as_its_trunk(tmp_path: Path) -> None:
+    """The rewards are those of the lesson; the trunk's weights are arith-small's again."""
     start = MODELS / "arith-small"
     lesson = LessonRun(Recipe("small", 1.0, start=start), TOKENIZER, tmp_path / "a", [])
     taught, ids = lesson.taught(), torch.tensor([encode_steps(TOKENIZER, chain(5), 300)[0]])
@@ -179,10 +179,6 @@ def test_a_lesson_ends_as_loud_as_its_trunk_and_all_of_it_learns_on(tmp_path: Pa
         )
     stored = load_file(start / "model.safetensors")["model.layers.3.mlp.down_proj.weight"].float()
     torch.testing.assert_close(stored, taught.model.blocks()[3].mlp.down_proj.weight, atol=1e-4, rtol=1e-3)
-    recipe = Recipe("small", 1.0, batch=512, longest=256)
-    run = RewardRun(recipe, TOKENIZER, tmp_path / "b", [chain(seed) for seed in range(10)], taught)
-    run.update()
-    assert not torch.equal(stored, run.model.state_dict()["model.layers.3.mlp.down_proj.weight"])
 
 
 @pytest.fixture(scope="module")
