@@ -1,5 +1,6 @@
-# Every command of this project. Each first makes .venv hold what it needs, from the locks in requirements/; no root needed.
-#   ENGINE=cuda make serve     on a machine with an NVIDIA GPU (the default engine is cpu)
+# Every command of this project. All but help, lock and clean first make .venv hold what they need, from the locks in
+# requirements/; no root needed.
+#   export ENGINE=cuda         on a machine with an NVIDIA GPU (the default is cpu); a command without it makes .venv anew
 #   PYTHON=python3.12 make ... another interpreter than python3
 SHELL := bash
 MODEL ?=

@@ -11,7 +11,7 @@ Provider = Literal["native", "triton", "cpp"]
 
 
 def provider(device: str, *, cpp: bool) -> Provider:
-    """Who runs an op: Triton on a GPU; on the CPU C++ where it could be built (`cpp`). Measured: README.md."""
+    """Who runs an op: Triton on a GPU; on the CPU C++ where it could be built (`cpp`)."""
     if device == "cuda":
         return "triton"
     return "cpp" if device == "cpu" and cpp else "native"

@@ -66,4 +66,5 @@ def _members(annotation: Any) -> Iterator[Any]:
 def _shown(default: Any) -> str:
     if default is None or default is False:
         return ""
-    return f" [default: {', '.join(default) if isinstance(default, tuple) else default}]"
+    # In round brackets: square ones are markup to the help's renderer, which would drop them.
+    return f" (default: {', '.join(default) if isinstance(default, tuple) else default})"

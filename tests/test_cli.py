@@ -69,6 +69,15 @@ def test_every_setting_is_an_option_except_secrets_and_nested_ones() -> None:
     assert set(Settings.model_fields) - no_option == options
 
 
+def test_the_help_tells_the_defaults() -> None:
+    """Numbers, lists and switches alike; the renderer of the help takes nothing of them for markup."""
+    _, out, _ = command("serve", "--help")
+
+    assert "Port to bind; 0 picks a free one. (default: 8000)" in out
+    assert "(default: /health, /livez, /readyz, /version)" in out
+    assert "(default: True)" in out
+
+
 def test_the_version_is_printed() -> None:
     """One line, nothing else."""
     assert (0, __version__, "") == command("--version")

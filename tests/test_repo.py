@@ -49,7 +49,7 @@ def test_the_rule_above_can_fail(text: str) -> None:
     assert MACHINE.search(text)
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "OPERATING.md"])
 def test_every_make_command_in_the_documentation_exists(name: str) -> None:
     """A reader who copies a command gets it."""
     command = r"(?:^|`|[A-Z]+=\S+ )make ([a-z-]+)\b"
