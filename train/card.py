@@ -33,7 +33,8 @@ mistakes of its own. It knows three kinds of problem and nothing else; it is not
 - Slips in the training traces carry no loss; only the reaction to them is learned
 
 ## Evaluation
-`python -m thinkserve.train --evaluate` measures this again and rewrites this card. {n} fresh problems of medium difficulty, T=0.7 unless greedy.
+`python -m thinkserve.train --evaluate` measures this again and rewrites this card.
+{n} fresh problems of medium difficulty, T=0.7 unless greedy.
 
 | measure | value | 95% interval |
 |---|---|---|
