@@ -1,14 +1,15 @@
 """Loops: finding them as they are written, and the modifier `repetition-guard` that ends a thought in one.
 
-    after every token, while no period is being followed: has the window of the last `block` tokens occurred before?
+    after every token, while no period is being followed: has a window of the last tokens occurred before?
         then the distance is the period; how far back it holds is found by comparing hashes of stretches
     while a period is followed: does the token equal the one a period before?
     the same block `repeats` times back to back is a loop
 
 Of a job that goes on with a chain the end of what the chain holds is looked at first, so that a loop may be spread over
-many jobs. Hashes are polynomial in the tokens, so the hash of any stretch is a difference of two prefixes. A token
-costs one look-up; a new period a few comparisons more. The rule is TrimR's (arXiv:2505.17155, section 3.3), with its
-loop ended instead of the request.
+many jobs. Windows are of `block` tokens, of twice as many, and so on: a short one may occur twice within a block, and
+the distance of these is no period; one as long as the block recurs at the period only. Hashes are polynomial in the tokens,
+so the hash of any stretch is a difference of two prefixes. A token costs a look-up per size; a new period a few
+comparisons more. The rule is TrimR's (arXiv:2505.17155, section 3.3), with its loop ended instead of the request.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ class Repetition:
         self._block, self._most, self._repeats = block, most, repeats
         self._tokens: list[int] = []
         self._hashes, self._powers = [0], [1]
-        self._seen: dict[int, int] = {}
+        # Window sizes, the longest first, and of each where a window with a hash was last seen to end.
+        sizes = [block << doubled for doubled in range(max(1, (most // block).bit_length()))]
+        self._windows: list[tuple[int, dict[int, int]]] = [(size, {}) for size in reversed(sizes)]
         self._period = self._run = 0
 
     @property
@@ -49,15 +52,15 @@ class Repetition:
         self._hashes.append((self._hashes[-1] * BASE + token + 1) % MODULUS)
         self._powers.append(self._powers[-1] * BASE % MODULUS)
         end = len(tokens)
-        window = self._hash(end - self._block, end) if end >= self._block else None
+        windows = [(self._hash(end - size, end), seen) for size, seen in self._windows if size <= end]
         if self._period and token == tokens[end - 1 - self._period]:
             self._run += 1
         else:
             self._period = self._run = 0
-            if window is not None and window in self._seen:
-                self._begin(end, end - self._seen[window])
-        if window is not None:
-            self._seen[window] = end
+            if last := next((seen[window] for window, seen in windows if window in seen), None):
+                self._begin(end, end - last)
+        for window, seen in windows:
+            seen[window] = end
         return self._period if self._period and self._run >= (self._repeats - 1) * self._period else None
 
     def _begin(self, end: int, distance: int) -> None:

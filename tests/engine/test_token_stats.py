@@ -155,7 +155,7 @@ def test_every_end_of_a_stream_has_its_statistics(portal: BlockingPortal, backen
     (first,), (second,) = backend.engine("t").encode("1"), backend.engine("t").encode("2")
     only = Sampling(logit_bias=((first, 100.0), (second, 100.0)))
     jobs = [
-        Job(PROMPT, 5, seed=1, stats=True),
+        Job(PROMPT, 5, only, seed=1, stats=True),
         Job(PROMPT, 300, only, seed=3, stop=("121",), stats=True),
         Job(PROMPT, 300, only, seed=3, stop_tokens=(second,), stats=True),
         Job(PROMPT, 50, Sampling(logit_bias=((backend.info.eos[0], 100.0),)), stats=True),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import anyio
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from thinkserve.strategies.engine import Task
@@ -49,6 +49,7 @@ blocks = st.lists(st.integers(0, 5), min_size=1, max_size=60)
 @given(
     start=st.lists(st.integers(0, 5), max_size=80), block=blocks, repeats=st.integers(2, 6), least=st.integers(1, 20)
 )
+@example(start=[], block=[0, 0, 1, 1], repeats=3, least=1)
 def test_a_loop_is_found_within_its_repeats(start: list[int], block: list[int], repeats: int, least: int) -> None:
     """Whatever came before and however the block repeats within itself: at the latest one block after `repeats`."""
     loop = block * -(-least // len(block))  # a short block counts as the least multiple that is long enough
