@@ -5,11 +5,12 @@
     while a period is followed: does the token equal the one a period before?
     the same block `repeats` times back to back is a loop
 
-Of a job that goes on with a chain the end of what the chain holds is looked at first, so that a loop may be spread over
-many jobs. Windows are of `block` tokens, of twice as many, and so on: a short one may occur twice within a block, and
-the distance of these is no period; one as long as the block recurs at the period only. Hashes are polynomial in the tokens,
-so the hash of any stretch is a difference of two prefixes. A token costs a look-up per size; a new period a few
-comparisons more. The rule is TrimR's (arXiv:2505.17155, section 3.3), with its loop ended instead of the request.
+Of a job that goes on with a chain the end of what the chain holds is looked at first, so that a loop may be spread
+over many jobs. Windows are of `block` tokens, of twice as many, and so on: a short one may occur twice within a
+block, and the distance of these is no period; one as long as the block recurs at the period only. Hashes are
+polynomial in the tokens, so the hash of any stretch is a difference of two prefixes. A token costs a look-up per
+size; a new period a few comparisons more. The rule is TrimR's (arXiv:2505.17155, section 3.3), with its loop ended
+instead of the request.
 """
 
 from __future__ import annotations
