@@ -107,7 +107,7 @@ def calibrate(
     svg: Annotated[Path | None, typer.Option(help="File for the plot.")] = None,
     seed: SEED = 1, max_tokens: MOST = 1024,
 ) -> None:  # fmt: skip
-    """Measure length and accuracy against strength; store the largest strength that costs no accuracy.
+    """Measure length and accuracy against strength; store what shortens most within the tolerance.
 
     What is stored has the calibrated layers only; the scale stands in its metadata (`vectors show`).
     """

@@ -28,7 +28,7 @@ from thinkserve.server.runner import usable
 from thinkserve.server.sse import MARK, EventWriter, Template, comment, data
 from thinkserve.server.state import ServerState
 from thinkserve.server.text_out import TextOut
-from thinkserve.strategies.engine import Event, Piece
+from thinkserve.strategies.engine import Event, Phase, Piece
 from thinkserve.strategies.errors import EngineFailed, ReasoningError
 
 logger = logging.getLogger("thinkserve")
@@ -174,14 +174,18 @@ class ChatStream(ChatResponse):
         await self._writer.write(b"".join(blocks))
 
     async def _emit(self, item: Piece | Event) -> None:
-        texts = self.text.push(item) if isinstance(item, Piece) else self.text.anew() if item.type == "leader" else []
-        for phase, text in texts:
+        for phase, text in self._texts(item):
             if block := self._block(phase, text):
                 await self._writer.write(block)
         if self._progress and isinstance(item, Event):
             self._seq += 1
             t_ms = (monotonic() - self._started) * 1000
             await self._writer.write(data(self._chunks.progress(item, self._seq, t_ms)))
+
+    def _texts(self, item: Piece | Event) -> list[tuple[Phase, str]]:
+        if isinstance(item, Piece):
+            return self.text.push(item)
+        return self.text.anew() if item.type == "leader" else []
 
     def _block(self, phase: str, text: str) -> bytes:
         if phase == "answer" and self.chat.logprobs:

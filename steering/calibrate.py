@@ -1,4 +1,4 @@
-"""How strong: the largest scale of a vector that costs no accuracy, and what a bound on the change of one step allows.
+"""How strong: the scale of a vector that shortens most at no loss, and what a bound on the change of one step allows.
 
 The bound (arXiv:2507.04742, section 4 and appendix A.1): with z(g) the logits after adding g*v to the state of layer l,
 KL(p(0), p(g)) <= 1/4 |z(g) - z(0)|^2 and |z(g) - z(0)| <= a g + L g^2 / 2, where a = |z'(0)| and L bounds |z''|. The
@@ -130,7 +130,7 @@ def measure(
 
 
 def choose(points: Sequence[Point], tolerance: float) -> Point:
-    """The largest scale up to which accuracy stays within `tolerance` of that at scale 0; scale 0 when none does.
+    """The scale with the fewest tokens while accuracy stays within `tolerance` of that at scale 0; 0 when none does.
 
     Accuracy is flat and then breaks, so nothing beyond the first loss counts. Only lengths that shrink are worth it.
     """

@@ -23,8 +23,8 @@ from thinkserve.train.traces import Habits, Style, write_trace
 # Share of written traces among the documents, at the beginning and at the end: the family makes too few mistakes to
 # learn from, but how many it makes is what rewards have to know in the end.
 TRACES = (0.5, 0.2)
-# Up to this part of it all documents have tokens exchanged at random, and no labels; then this share of
-# them. And how many of their tokens are exchanged.
+# Up to this part of the training all documents have tokens exchanged at random, and no labels; then this share of them.
+# And how many of their tokens are exchanged.
 FIRST, NOISY = 0.35, 0.15
 NOISE = (0.05, 0.2)
 PAD, OPENED = SPECIAL.index("<|endoftext|>"), SPECIAL.index("<think>")
@@ -73,8 +73,11 @@ def shifted(ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
     return [*ids, PAD], [IGNORE, *labels]
 
 
-class StepBatcher(Batcher):
-    """Batches of labelled chains and traces; the chains are drawn with replacement, so the random state is all."""
+class LessonBatcher(Batcher):
+    """Batches of labelled chains and traces, and of noisy ones without labels, which come alone at first.
+
+    The chains are drawn with replacement, so the random state is all.
+    """
 
     def __init__(self, tokenizer: Tokenizer, chains: Sequence[Chain], tokens: int, longest: int, seed: int) -> None:
         super().__init__(tokenizer, tokens, longest, seed)
@@ -82,19 +85,12 @@ class StepBatcher(Batcher):
         self._rows = [row for row in rows if max(row[1]) >= 0]
 
     def draw(self, progress: float) -> tuple[list[int], list[int]]:
-        """A chain or a fresh trace; always a trace where there are no chains."""
+        """A chain or a fresh trace, noisy or not; always a trace where there are no chains."""
         share = TRACES[0] + (TRACES[1] - TRACES[0]) * progress
         if self._rows and self.rng.random() >= share:
-            return shifted(*self.rng.choice(self._rows))
-        return shifted(*encode_steps(self.tokenizer, written(self.rng), self.longest - 1))
-
-
-class LessonBatcher(StepBatcher):
-    """The same, but some of the documents noisy and without labels, and at first all of them."""
-
-    def draw(self, progress: float) -> tuple[list[int], list[int]]:
-        """A chain or a trace, noisy or not."""
-        ids, labels = super().draw(progress)
+            ids, labels = shifted(*self.rng.choice(self._rows))
+        else:
+            ids, labels = shifted(*encode_steps(self.tokenizer, written(self.rng), self.longest - 1))
         if progress < FIRST or self.rng.random() < NOISY:
             return noisy(ids, self.rng), [IGNORE] * len(ids)
         return ids, labels

@@ -36,7 +36,7 @@ from thinkserve.train.prm_chains import (
     training_tasks,
     write_chains,
 )
-from thinkserve.train.prm_data import LessonBatcher, StepBatcher, encode_steps, noisy, written
+from thinkserve.train.prm_data import LessonBatcher, encode_steps, noisy, written
 from thinkserve.train.prm_eval import Scored, Verdict, auroc
 from thinkserve.train.prm_lesson import Lesson, LessonRun, final_states
 from thinkserve.train.step_labels import label_steps, steps_of
@@ -122,12 +122,12 @@ def test_traces_to_learn_from_hold_right_and_wrong_steps() -> None:
 def test_a_restored_batcher_goes_on_with_the_next_batch(seed: int) -> None:
     """Chains and traces alike; a label belongs to the token above it, and none to padding."""
     chains = [chain(seed + 1), chain(seed + 2)]
-    batcher = StepBatcher(TOKENIZER, chains, 2048, 512, seed)
+    batcher = LessonBatcher(TOKENIZER, chains, 2048, 512, seed)
     ids, labels = batcher.batch(0.9)
     known = labels != IGNORE
     assert set(labels[known].tolist()) <= {0, 1}
     assert set(ids[known].tolist()) <= {tokens(end)[0] for end in ("\n\n", "\n", ".")}
-    copy = StepBatcher(TOKENIZER, chains, 2048, 512, seed=0)
+    copy = LessonBatcher(TOKENIZER, chains, 2048, 512, seed=0)
     copy.restore(deepcopy(batcher.state()))
     for _ in range(20):
         for ours, theirs in zip(batcher.batch(0.9), copy.batch(0.9), strict=True):
