@@ -3,8 +3,7 @@
     PYTHONSAFEPATH=1 .venv/bin/python bench/budget.py            # 300 problems on arith-large
     PYTHONSAFEPATH=1 .venv/bin/python bench/budget.py --quick    # does it work here?
 
-Run as a file. The engine is the server's own, in this process; problems are of the evaluation split, one seed per
-problem, the same for all rows. Budgets are shares of the mean length of unlimited thinking, which is measured first.
+Run as a file. Budgets are shares of the mean length of unlimited thinking, which is measured first.
 
 | row | what is asked for |
 |---|---|
@@ -21,16 +20,15 @@ problem, the same for all rows. Budgets are shares of the mean length of unlimit
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import anyio
+import httpx
 import typer
 
 if __name__ == "__main__":
@@ -39,82 +37,61 @@ if __name__ == "__main__":
 
 from bench import stats
 from bench.chart import Series, chart
-from bench.harness import ROOT, at_once, keep, machine, table, versions
-from bench.tasks import Problem, correct, load
-from thinkserve.strategies.engine import Sampling, Task
-from thinkserve.strategies.testing import play
-from thinkserve.strategies.text import Phases
-
-if TYPE_CHECKING:
-    from thinkserve.server.vllm_engine import VllmBackend
+from bench.harness import ROOT, Journal
+from bench.inprocess import TARGETS, Asked, Measured, Row, Run, measure, served, verdict
+from bench.tasks import Problem, load
 
 SHARES = (0.2, 0.3, 0.4, 0.5, 0.6)
 KEY_SHARE = 0.4
 BRIEF = "Be brief."
-# The milestone's targets.
+# The milestone's targets: points of accuracy above a cut, and how far lengths may be from the budget.
 LEAST_GAIN, MOST_OFF = 0.20, 0.20
+HEADER = ("row", "budget", "accuracy", "thinking tokens", "off", "mean off")
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
-    """What is measured, and how much of it."""
+class Limited:
+    """A way to limit thinking, the budget that it was asked for (None: there is none), and what came of it."""
 
-    model: str
-    problems: int = 300
-    level: str = "medium"
-    seed: int = 0
-    concurrency: int = 64
-    temperature: float = 0.7
-    max_tokens: int = 2048
-    shares: tuple[float, ...] = SHARES
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One way to limit thinking. `budget` None: there is none. `words` are added to the question."""
-
-    name: str
-    budget: int | None = None
-    strategy: str = "single"
-    params: dict[str, Any] = field(default_factory=dict[str, Any])
-    cut: int | None = None
-    words: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """A row's outcome, problem by problem."""
-
-    row: Row
-    right: list[bool]
-    lengths: list[int]
+    way: str
+    budget: int | None
+    measured: Measured
 
     @property
-    def accuracy(self) -> float:
-        """Share of right answers."""
-        return fmean(self.right)
+    def lengths(self) -> list[int]:
+        """Thinking tokens, problem by problem."""
+        return [int(value) for value in self.measured.values("thinking")]
 
     @property
     def mean(self) -> float:
         """Mean thinking length in tokens."""
-        return fmean(self.lengths)
+        return self.measured.mean("thinking")
 
     @property
     def off(self) -> float | None:
         """Mean of |length - budget| / budget."""
-        budget = self.row.budget
+        budget = self.budget
         return None if budget is None else fmean(abs(length - budget) / budget for length in self.lengths)
 
 
-def rows_of(budget: int) -> list[Row]:
-    """The rows of one budget whose settings are known before anything is measured."""
-    guided = {"budget": budget}
-    return [
-        Row("guidance", budget, "budget-guidance", guided),
-        Row("guidance, soft", budget, "budget-guidance", guided | {"hard": False}),
-        Row("hard end", budget, cut=budget),
-        Row("asked", budget, words=f"Think for at most {budget} tokens."),
-    ]
+def cut(name: str, budget: int) -> Row:
+    """Thinking that is ended by force."""
+    return Row(f"{name} {budget}", {"thinking_token_budget": budget})
+
+
+def rows_of(budget: int) -> dict[str, Row]:
+    """The rows of one budget whose settings are known before anything is measured, by their way to limit."""
+
+    def guided(name: str, **params: Any) -> Row:
+        strategy = {"name": "budget-guidance", "params": {"budget": budget, **params}}
+        return Row(f"{name} {budget}", {"strategy": strategy})
+
+    return {
+        "guidance": guided("guidance"),
+        "guidance, soft": guided("guidance, soft", hard=False),
+        "hard end": cut("hard end", budget),
+        "asked": Row(f"asked {budget}", words=f"Think for at most {budget} tokens."),
+    }
 
 
 def cut_for(mean: float, lengths: Sequence[int]) -> int:
@@ -123,128 +100,86 @@ def cut_for(mean: float, lengths: Sequence[int]) -> int:
     return next((cut for cut in reach if fmean(min(length, cut) for length in lengths) >= mean), max(lengths))
 
 
-async def measure(backend: VllmBackend, row: Row, problems: Sequence[Problem], options: Options) -> Measured:
-    """Run a row over all problems, `concurrency` at once."""
-    found: dict[int, tuple[bool, int]] = {}
+async def rows(
+    client: httpx.AsyncClient, shares: Sequence[float], problems: Sequence[Problem], asked: Asked, journal: Journal
+) -> list[Limited]:
+    """All rows, unlimited thinking first; after guidance the cut at its mean length."""
+    done: list[Limited] = []
 
-    async def work(index: int) -> None:
-        found[index] = await one(backend, row, problems[index], index, options)
+    async def add(way: str, budget: int | None, row: Row) -> Limited:
+        done.append(Limited(way, budget, await measure(client, row, problems, asked, journal)))
+        print(*cells(done[-1]), file=sys.stderr, flush=True)
+        return done[-1]
 
-    await at_once(options.concurrency, range(len(problems)), work)
-    ordered = [found[index] for index in range(len(problems))]
-    return Measured(row, [right for right, _ in ordered], [length for _, length in ordered])
-
-
-async def one(backend: VllmBackend, row: Row, problem: Problem, index: int, options: Options) -> tuple[bool, int]:
-    """Whether a problem was solved, and after how many thinking tokens."""
-    question = f"{problem.question} {row.words}".strip()
-    prompt = await backend.render([{"role": "user", "content": question}])
-    sampling = Sampling(temperature=options.temperature)
-    seed = options.seed * 1_000_003 + index
-    task = Task(prompt.tokens, options.max_tokens, sampling, row.cut, phase=prompt.phase, seed=seed)
-    engine = backend.engine(f"bench-{index}")
-    answer, out = await play(row.strategy, engine, task, **row.params)
-    phases = Phases(backend.info, prompt.phase)
-    phases.push(answer.tokens)
-    return correct(problem, engine.decode(out.tokens_of("answer"))), phases.length
+    free = await add("unlimited", None, Row("unlimited"))
+    await add("asked to be brief", None, Row("asked to be brief", words=BRIEF))
+    for share in shares:
+        budget = max(1, round(share * free.mean))
+        for way, row in rows_of(budget).items():
+            found = await add(way, budget, row)
+            if way == "guidance":
+                await add("hard end, same mean", budget, cut("cut at", cut_for(found.mean, free.lengths)))
+    return done
 
 
-async def run(options: Options, say: Callable[[str], None]) -> list[Measured]:
-    """All rows, unlimited thinking first."""
-    from thinkserve.server.settings import Settings
-    from thinkserve.server.vllm_engine import create
-
-    problems = load(options.level, options.problems, options.seed)
-    backend = await create(Settings(model=options.model))
-    try:
-        free = await measure(backend, Row("unlimited"), problems, options)
-        done = [free, await measure(backend, Row("asked to be brief", words=BRIEF), problems, options)]
-        for share in options.shares:
-            budget = max(1, round(share * free.mean))
-            for row in rows_of(budget):
-                done.append(await measure(backend, row, problems, options))
-                say(f"{row.name} {budget}: {done[-1].accuracy:.3f} at {done[-1].mean:.0f} tokens")
-                if row.name == "guidance":
-                    cut = cut_for(done[-1].mean, free.lengths)
-                    done.append(await measure(backend, Row("hard end, same mean", budget, cut=cut), problems, options))
-        return done
-    finally:
-        await backend.aclose()
-
-
-def report(done: Sequence[Measured], options: Options, date: str) -> str:
-    """The tables and the verdicts."""
-    what = f"{options.problems} {options.level} problems, T={options.temperature}, intervals: 95%"
-    lines = [
-        f"machine: {machine()}",
-        f"versions: {', '.join(f'{name} {version}' for name, version in versions().items())}",
-        f"model: {Path(options.model).name}, date: {date}, {what}",
-        "",
-    ]
-    return "\n".join([*lines, table(HEADER, [cells(each) for each in done]), "", table(TARGETS, verdicts(done))]) + "\n"
-
-
-HEADER = ("row", "budget", "accuracy", "thinking tokens", "off", "mean off")
-TARGETS = ("expected", "target", "measured", "verdict")
-
-
-def cells(each: Measured) -> list[str]:
+def cells(each: Limited) -> list[str]:
     """A line of the table."""
-    budget, off = each.row.budget, each.off
-    accuracy = stats.wilson(sum(each.right), len(each.right))
-    length = stats.mean([float(value) for value in each.lengths])
-    shown = ["-", "-"] if budget is None or off is None else [f"{off:.3f}", f"{abs(each.mean - budget) / budget:.3f}"]
-    return [each.row.name, str(budget or "-"), f"{accuracy:.3f}", f"{length:.0f}", *shown]
+    length = stats.mean(each.measured.values("thinking"))
+    shown = ["-", "-"]
+    if each.budget is not None:
+        shown = [f"{each.off:.3f}", f"{abs(each.mean - each.budget) / each.budget:.3f}"]
+    return [each.way, str(each.budget or "-"), f"{each.measured.accuracy:.3f}", f"{length:.0f}", *shown]
 
 
-def verdicts(done: Sequence[Measured]) -> list[list[str]]:
+def verdicts(done: Sequence[Limited]) -> list[list[str]]:
     """The milestone's targets and what was measured."""
-    free = next(each for each in done if each.row.name == "unlimited")
-    guided = [each for each in done if each.row.name == "guidance"]
-    at = min(guided, key=lambda each: abs((each.row.budget or 0) - KEY_SHARE * free.mean))
-    cut = next(each for each in done if (each.row.name, each.row.budget) == ("hard end, same mean", at.row.budget))
-    gain = stats.paired_difference([float(r) for r in at.right], [float(r) for r in cut.right])
+    free = next(each for each in done if each.way == "unlimited")
+    guided = [each for each in done if each.way == "guidance"]
+    at = min(guided, key=lambda each: abs((each.budget or 0) - KEY_SHARE * free.mean))
+    same = next(each for each in done if (each.way, each.budget) == ("hard end, same mean", at.budget))
+    gain = stats.paired_difference(at.measured.values("right"), same.measured.values("right"))
     off = fmean(each.off or 0.0 for each in guided)
-    at_40 = f"budget {at.row.budget} ({KEY_SHARE:.0%}): accuracy above a hard cut at the same mean"
+    at_40 = f"budget {at.budget} ({KEY_SHARE:.0%}): accuracy above a hard cut at the same mean"
     return [
-        [at_40, f">= {LEAST_GAIN}", f"{gain:.3f}", "met" if gain.value >= LEAST_GAIN else "missed"],
-        ["off, mean over budgets", f"<= {MOST_OFF}", f"{off:.3f}", "met" if off <= MOST_OFF else "missed"],
+        [at_40, f">= {LEAST_GAIN}", f"{gain:.3f}", verdict(gain.value >= LEAST_GAIN)],
+        ["off, mean over budgets", f"<= {MOST_OFF}", f"{off:.3f}", verdict(off <= MOST_OFF)],
     ]
 
 
-def plot(done: Sequence[Measured]) -> str:
+def plot(done: Sequence[Limited]) -> str:
     """Accuracy against mean thinking length, as SVG."""
-    names = ("guidance", "hard end", "asked")
-    series = [
-        Series(name, sorted((each.mean, each.accuracy) for each in done if each.row.name == name)) for name in names
-    ]
-    points = [Series(each.row.name, [(each.mean, each.accuracy)]) for each in done if each.row.budget is None]
-    return chart([*series, *points], "mean thinking tokens", "accuracy")
+
+    def point(each: Limited) -> tuple[float, float]:
+        return each.mean, each.measured.accuracy.value
+
+    ways = ("guidance", "hard end", "asked")
+    lines = [Series(way, sorted(point(each) for each in done if each.way == way)) for way in ways]
+    points = [Series(each.way, [point(each)]) for each in done if each.budget is None]
+    return chart([*lines, *points], "mean thinking tokens", "accuracy")
+
+
+async def bench(
+    model: str, shares: Sequence[float], problems: Sequence[Problem], asked: Asked, journal: Journal
+) -> list[Limited]:
+    """Start the server and measure."""
+    async with served(model=model) as client:
+        return await rows(client, shares, problems, asked, journal)
 
 
 def command(
     model: Annotated[str, typer.Option(help="Model directory, with its predictor.")] = str(ROOT / "models/arith-large"),
     problems: Annotated[int, typer.Option(min=1)] = 300,
     level: str = "medium",
-    seed: int = 0,
     concurrency: Annotated[int, typer.Option(min=1, help="Problems at work at once.")] = 64,
     out: Annotated[Path, typer.Option(help="Folder of the table, the JSON and the plot.")] = ROOT / "bench/results",
     quick: Annotated[bool, typer.Option("--quick", help="12 problems, two budgets; nothing is written.")] = False,
 ) -> None:
     """Measure, print the tables and one line of JSON, and keep both with the plot."""
-    options = Options(model, problems, level, seed, concurrency)
-    if quick:
-        options = Options(model, 12, level, seed, concurrency, shares=(0.4, 0.6))
-    done = anyio.run(run, options, lambda line: print(line, file=sys.stderr, flush=True))
-    date = datetime.now(UTC).date().isoformat()
-    text = report(done, options, date)
-    rows = [{**asdict(each.row), "accuracy": each.accuracy, "mean": each.mean, "off": each.off} for each in done]
-    told = asdict(options) | {"model": Path(model).name}
-    data = {"machine": machine(), "versions": versions(), "date": date, "options": told, "rows": rows}
-    print(text)
-    print(json.dumps(data))
-    if not quick:
-        keep(out, f"{date}-budget-{Path(model).name}", text, data, plot(done))
+    count, shares, asked = (12, (0.4, 0.6), Asked(12)) if quick else (problems, SHARES, Asked(concurrency))
+    run = Run("budget", model, {"problems": count, "level": level, **asdict(asked)})
+    done = anyio.run(bench, model, shares, load(level, count, asked.seed), asked, run.journal())
+    tables = [(HEADER, [cells(each) for each in done]), (TARGETS, verdicts(done))]
+    run.publish(tables, plot(done), None if quick else out)
 
 
 if __name__ == "__main__":

@@ -57,10 +57,10 @@ class RoleDown(EngineFailed):
 
 
 class RoleFailed(EngineFailed):
-    """The model of one role other than the target gave up on what it was asked; the words are for the operator."""
+    """The model of one role other than the target gave up on what it was asked; why is for the operator (the log)."""
 
-    def __init__(self, role: Role, message: str) -> None:
-        super().__init__(message)
+    def __init__(self, role: Role) -> None:
+        super().__init__(f"The model that serves the role {role!r} could not do its part.")
         self.role = role
 
 
@@ -106,7 +106,7 @@ def _role_down(exc: RoleDown) -> ApiError:
 
 def _role_failed(exc: RoleFailed, request_id: str) -> ApiError:
     code = "prm_unavailable" if exc.role == "reward" else f"{exc.role}_failed"
-    message = f"The model that serves the role {exc.role!r} could not do its part; request id {request_id}."
+    message = f"{str(exc).removesuffix('.')}; request id {request_id}."
     return ApiError(502, code, message, "api_error", None, NO_RETRY)
 
 

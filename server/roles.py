@@ -6,9 +6,17 @@ server: who needs that role is told so (503), everybody else is served.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    contextmanager,
+)
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import anyio
@@ -34,6 +42,8 @@ from thinkserve.strategies.engine import (
 )
 from thinkserve.strategies.errors import EngineDead, EngineFailed, Unsupported
 from thinkserve.strategies.streams import Through
+
+logger = logging.getLogger("thinkserve")
 
 
 async def create(settings: Settings, deployment: Deployment) -> Roles:
@@ -177,15 +187,15 @@ class RoledEngine:
     async def score(self, question: str, paths: Sequence[Path], role: Role = "reward") -> list[Score]:
         """What the reward model says of each path. Raises Unsupported, EngineFailed."""
         async with self._up(role) as engine:
-            with _blamed(role):
+            with self._blamed(role):
                 return await engine.score(question, paths)
 
     @asynccontextmanager
     async def _generate(self, job: Job) -> AsyncIterator[Stream]:
         async with self._up(job.role) as engine, AsyncExitStack() as stack:
-            with _blamed(job.role):
+            with self._blamed(job.role):
                 stream = await stack.enter_async_context(engine.generate(replace(job, role="target")))
-            yield _Helping(stream, job.role)
+            yield _Helping(stream, partial(self._blamed, job.role))
 
     @asynccontextmanager
     async def _chain(self, job: Job) -> AsyncIterator[Chain]:
@@ -205,6 +215,17 @@ class RoledEngine:
                 raise
             raise RoleDown(role) from error
 
+    @contextmanager
+    def _blamed(self, role: Role) -> Iterator[None]:
+        """That a model gives up is told as its role's failure, why to the log; that it is gone, `_up` tells."""
+        try:
+            yield
+        except EngineDead:
+            raise
+        except EngineFailed as error:
+            logger.warning("request %s: the model of the role %s failed: %s", self._id, role, error)
+            raise RoleFailed(role) from error
+
     def _engine(self, role: Role) -> Engine:
         if role == "target":
             return self._target
@@ -219,23 +240,12 @@ class RoledEngine:
 class _Helping(Through):
     """The stream of a helper: its failures are told from the target's."""
 
-    __slots__ = ("_role",)
+    __slots__ = ("_blamed",)
 
-    def __init__(self, inner: Stream, role: Role) -> None:
+    def __init__(self, inner: Stream, blamed: Callable[[], AbstractContextManager[None]]) -> None:
         super().__init__(inner)
-        self._role: Role = role
+        self._blamed = blamed
 
     async def __anext__(self) -> Delta:
-        with _blamed(self._role):
+        with self._blamed():
             return await super().__anext__()
-
-
-@contextmanager
-def _blamed(role: Role) -> Iterator[None]:
-    """That a model gives up is told as the failure of its role; that it is gone, `_up` tells."""
-    try:
-        yield
-    except EngineDead:
-        raise
-    except EngineFailed as error:
-        raise RoleFailed(role, str(error)) from error

@@ -70,7 +70,7 @@ CHANGE: dict[Edge, Callable[[float], float]] = {
 async def run(task: Task, engine: Engine, emit: Emit, options: AStarOptions) -> Answer:
     """Best-first search over steps by a process reward model; the first complete solution reached answers."""
     bounds = limits(task, engine, options, expansions=options.max_expansions, nodes=options.max_open)
-    tree = Tree(task, engine, emit, bounds, options.aggregate)
+    tree = Tree(task, engine, emit, bounds, options)
     root = await tree.start()
     h, f = {root: 0.0}, {root: 0.0}
     heap: list[Entry] = [(0.0, 0, 0, root)]

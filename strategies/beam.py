@@ -49,7 +49,7 @@ class BeamOptions(RewardOptions, TreeOptions):
 )
 async def run(task: Task, engine: Engine, emit: Emit, options: BeamOptions) -> Answer:
     """n solutions grow step by step; after each step the best are kept and replicated."""
-    tree = Tree(task, engine, emit, limits(task, engine, options), options.aggregate)
+    tree = Tree(task, engine, emit, limits(task, engine, options), options)
     beams, leaves = [await tree.start()] * options.n, list[Node]()
     while beams and not tree.over:
         steps = await tree.expand(Counter(beams))

@@ -16,8 +16,9 @@ from pydantic import Field
 
 from thinkserve.strategies.chains import Lane, Race
 from thinkserve.strategies.engine import Answer, Emit, Engine, Event, Path, Task
+from thinkserve.strategies.errors import LOST
 from thinkserve.strategies.registry import LED, Supports, strategy
-from thinkserve.strategies.rewards import Aggregate, RewardOptions, aggregated, cleaned, solution_steps
+from thinkserve.strategies.rewards import RewardOptions, aggregated, cleaned, solution_steps
 from thinkserve.strategies.settle import Choice, by_vote, settle
 
 UNSCORED = "time was over before the chains could be scored; they voted"
@@ -45,7 +46,7 @@ async def run(task: Task, engine: Engine, emit: Emit, options: BestOfNOptions) -
     """k chains run to their ends; the one that a process reward model likes best answers."""
 
     async def best(race: Race, voters: Sequence[Lane]) -> Choice:
-        values = await rewarded(race, voters, options.aggregate)
+        values = await rewarded(race, voters, options)
         if values is None:
             return await by_vote(race, voters)
         winner = max(voters, key=lambda lane: (values[lane.index], -lane.index))
@@ -56,8 +57,11 @@ async def run(task: Task, engine: Engine, emit: Emit, options: BestOfNOptions) -
     return await settle(race, race.finished(), wanted=len(race.lanes), choose=best)
 
 
-async def rewarded(race: Race, lanes: Sequence[Lane], how: Aggregate) -> Mapping[int, float] | None:
-    """What the reward model says of each chain, by index, told as an event; None, with a warning, if time is over."""
+async def rewarded(race: Race, lanes: Sequence[Lane], options: RewardOptions) -> Mapping[int, float] | None:
+    """What the reward model says of each chain, by index, told as an event; None, with a warning, if it says nothing.
+
+    That is when time is over, or when it has failed and `on_reward_error` lets the chains vote.
+    """
     lanes = sorted(lanes, key=lambda lane: lane.index)
     texts = [race.engine.decode(lane.transcript.tokens) for lane in lanes]
     try:
@@ -65,7 +69,10 @@ async def rewarded(race: Race, lanes: Sequence[Lane], how: Aggregate) -> Mapping
     except TimeoutError:
         race.warnings.append(UNSCORED)
         return None
-    values = [aggregated(cleaned(score.rewards), how) for score in scores]
+    except LOST as error:
+        race.warnings.append(options.lose(error))
+        return None
+    values = [aggregated(cleaned(score.rewards), options.aggregate) for score in scores]
     known = {lane.index: value for lane, value in zip(lanes, values, strict=True)}
     for lane in lanes:
         await race.emit(Event("node.scored", lane.index, {"node": lane.index, "reward": round(known[lane.index], 4)}))

@@ -67,7 +67,7 @@ class DvtsOptions(RewardOptions, TreeOptions):
 )
 async def run(task: Task, engine: Engine, emit: Emit, options: DvtsOptions) -> Answer:
     """Independent subtrees, in each of which the best of m steps is gone on with."""
-    tree = Tree(task, engine, emit, limits(task, engine, options), options.aggregate)
+    tree = Tree(task, engine, emit, limits(task, engine, options), options)
     first = slots(await tree.expand({await tree.start(): options.n}))
     subtrees = [Subtree(first[at : at + options.m], options.m) for at in range(0, len(first), options.m)]
     branches = tree.branches(len(subtrees))

@@ -65,6 +65,11 @@ class EngineDead(EngineFailed):
     """The engine process is gone; no request can be served any more."""
 
 
+# What a model that helps raises when it does not do its part: a request may go on without it.
+Lost = EngineFailed | TooLong | Unsupported
+LOST = (EngineFailed, TooLong, Unsupported)
+
+
 def leading(errors: BaseExceptionGroup[BaseException]) -> BaseException:
     """The error that stands for those that ended a task group: ours before others, the earliest of each."""
     found: BaseException = errors.subgroup(ReasoningError) or errors

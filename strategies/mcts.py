@@ -61,7 +61,7 @@ class MctsOptions(RewardOptions, TreeOptions):
 async def run(task: Task, engine: Engine, emit: Emit, options: MctsOptions) -> Answer:
     """Monte-Carlo tree search over steps by a process reward model, committing to one step after the other."""
     bounds = limits(task, engine, options, expansions=options.max_expansions)
-    tree = Tree(task, engine, emit, bounds, options.aggregate)
+    tree = Tree(task, engine, emit, bounds, options)
     search = Search(tree, options)
     here = await tree.start()
     while not here.terminal and not tree.over:

@@ -67,14 +67,15 @@ async def run(task: Task, engine: Engine, emit: Emit, options: ParticleOptions) 
     """n solutions grow step by step and are resampled by their weights, with or without a reward model."""
     lacking = None if options.weights == "self" else await lack(engine, task.question)
     kind = options.weights or ("self" if lacking else "odds")
-    if lacking is not None and options.weights is not None:
+    gone = isinstance(lacking, EngineFailed)
+    if lacking is not None and (options.weights is not None or (gone and options.on_reward_error == "fail")):
         raise lacking
     bounds = limits(task, engine, options)
     if kind == "self":
         # Nothing is scored, so nothing is bounded by it.
         bounds = replace(bounds, passes=None)
-    tree = Tree(task, engine, emit, bounds, options.aggregate, logprobs=kind == "self")
-    if isinstance(lacking, EngineFailed):
+    tree = Tree(task, engine, emit, bounds, options, logprobs=kind == "self")
+    if gone:
         tree.warn("the reward model is not available; particles weigh what their own log-probabilities say")
     rng = Random(task.seed)
     particles = [await tree.start()] * options.n

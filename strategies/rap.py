@@ -23,7 +23,7 @@ from math import exp, isnan, log, sqrt
 from pydantic import Field
 
 from thinkserve.strategies.engine import Answer, Emit, Engine, Event, Task
-from thinkserve.strategies.errors import EngineDead, EngineFailed, TooLong, Unsupported
+from thinkserve.strategies.errors import LOST, EngineDead
 from thinkserve.strategies.registry import Supports, strategy
 from thinkserve.strategies.rewards import mean
 from thinkserve.strategies.text import answer_of, final_number
@@ -143,7 +143,7 @@ class Plan:
             odds = await self._verifier.ask(filled(self._options.ask, **parts))
         except EngineDead:
             raise
-        except (EngineFailed, TooLong, Unsupported) as error:
+        except LOST as error:
             tree.warn(f"a step was not judged: {error}")
             return UNDECIDED
         return UNDECIDED if isnan(odds) else 1 / (1 + exp(-odds))

@@ -58,7 +58,7 @@ class RebaseOptions(RewardOptions, TreeOptions):
 )
 async def run(task: Task, engine: Engine, emit: Emit, options: RebaseOptions) -> Answer:
     """A fixed number of proposals, shared out over all open steps by their rewards."""
-    tree = Tree(task, engine, emit, limits(task, engine, options), options.aggregate)
+    tree = Tree(task, engine, emit, limits(task, engine, options), options)
     proposals, leaves = Counter({await tree.start(): options.width}), list[Node]()
     while proposals and not tree.over:
         steps = await tree.expand(proposals)

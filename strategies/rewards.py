@@ -12,6 +12,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from thinkserve.strategies.errors import Lost
 from thinkserve.strategies.registry import Options
 from thinkserve.strategies.text import steps
 
@@ -25,6 +26,16 @@ class RewardOptions(Options):
     aggregate: Aggregate = Field(
         default="last", description="How the rewards of a solution's steps become one: the last, least, product, mean."
     )
+    on_reward_error: Literal["continue", "fail"] = Field(
+        default="continue",
+        description="If the reward model fails: make the best of what is there, by vote, or end with its error.",
+    )
+
+    def lose(self, error: Lost) -> str:
+        """The warning with which to go on without rewards; raises the error where that is not wanted."""
+        if self.on_reward_error == "fail":
+            raise error
+        return f"the reward model failed: {error}"
 
 
 def aggregated(rewards: Sequence[float], how: Aggregate) -> float:

@@ -29,7 +29,7 @@ from pydantic import Field
 
 from thinkserve.strategies.chain import continued
 from thinkserve.strategies.engine import Answer, Delta, Emit, Engine, Event, Finish, Job, Role, Task, Tokens, chain_seed
-from thinkserve.strategies.errors import EngineFailed, TooLong, Unsupported, leading
+from thinkserve.strategies.errors import LOST, Lost, leading
 from thinkserve.strategies.pieces import Transcript, injected, write
 from thinkserve.strategies.reflection import CERTAINTY, DOUBT, VERIFICATION, Label, Lists, hits, label
 from thinkserve.strategies.registry import Options, Supports, strategy
@@ -193,7 +193,7 @@ class _Chain:
         try:
             async with self._engine.generate(job) as stream:
                 return await whole(stream)
-        except (EngineFailed, Unsupported, TooLong) as error:
+        except LOST as error:
             self._lose_guide(error)
             return None
 
@@ -229,7 +229,7 @@ class _Chain:
         position = len(self.transcript.tokens)
         try:
             await self._write(job)
-        except (EngineFailed, Unsupported, TooLong) as error:
+        except LOST as error:
             self._lose_guide(error)
             self._end(None)
         await self._log(kind, position)
@@ -265,7 +265,7 @@ class _Chain:
             told = {"position": position, "tokens": len(span), "kind": kind, "label": self._label(Delta(span))}
             await self._emit(Event("takeover", 0, told))
 
-    def _lose_guide(self, error: EngineFailed | Unsupported | TooLong) -> None:
+    def _lose_guide(self, error: Lost) -> None:
         if self._options.on_guide_error == "fail":
             raise error
         self._guided = False

@@ -6,7 +6,8 @@
 
 Steps end at blank lines. One that closes the thinking runs on to the end, so a complete solution is a leaf. Siblings
 with the same text are one node with a `count`. At the depth limit a proposal is written to the end. Whatever ends the
-search (a limit of its own, the request's tokens or time), `answer` makes the best of what is there.
+search (a limit of its own, the request's tokens or time, the loss of the reward model), `answer` makes the best of what
+is there.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from collections.abc import Mapping, Sequence
 from itertools import count
 
 from thinkserve.strategies.engine import Answer, Delta, Emit, Engine, Event, Finish, Path, StoppedBy, Task, chain_seed
+from thinkserve.strategies.errors import LOST
 from thinkserve.strategies.pieces import Transcript
-from thinkserve.strategies.rewards import Aggregate, aggregated, cleaned, solution_steps
+from thinkserve.strategies.rewards import RewardOptions, aggregated, cleaned, solution_steps
 from thinkserve.strategies.single import STOPPED_BY
 from thinkserve.strategies.together import together
 from thinkserve.strategies.tree_budget import Limits, Spent, answer_room
@@ -25,6 +27,8 @@ from thinkserve.strategies.tree_node import Node
 from thinkserve.strategies.tree_write import Allowance, Draft, Writer
 
 GREEDY = "greedy sampling makes all proposals equal; each node gets one"
+# Why a search ended, where it is not a limit of its own.
+ENDED = {"rewards": "; stopped by the loss of its reward model"}
 
 
 class Tree:
@@ -39,7 +43,7 @@ class Tree:
         engine: Engine,
         emit: Emit,
         limits: Limits,
-        aggregate: Aggregate = "last",
+        rewards: RewardOptions = RewardOptions(),
         *,
         logprobs: bool = False,
     ) -> None:
@@ -47,9 +51,10 @@ class Tree:
         self.spent = Spent()
         self.warnings: list[str] = []
         self.ended: Finish | None = None
+        self.blind = False
         self.root = Node(0, None, task.seed, left=limits.path)
         self.nodes = [self.root]
-        self._aggregate: Aggregate = aggregate
+        self._rewards = rewards
         self._writer = Writer(task, engine, logprobs=logprobs)
         self._numbers = count(1)
 
@@ -60,8 +65,8 @@ class Tree:
 
     @property
     def over(self) -> str | None:
-        """Why the search may not go on: the request has ended, or one of its own limits is reached."""
-        return self.ended or self.spent.over(self.limits)
+        """Why the search may not go on: the request has ended, one of its own limits is reached, rewards are lost."""
+        return self.ended or self.spent.over(self.limits) or ("rewards" if self.blind else None)
 
     @property
     def ends(self) -> list[Node]:
@@ -71,16 +76,16 @@ class Tree:
 
     def value(self, node: Node) -> float:
         """The rewards of a path as one number."""
-        return aggregated(node.rewards, self._aggregate)
+        return aggregated(node.rewards, self._rewards.aggregate)
 
     def branches(self, searches: int) -> list[Tree]:
         """Searches that go on side by side from nodes of this one, each with its share of what is left."""
         trees, first = list[Tree](), next(self._numbers)
         for index in range(searches):
-            tree = Tree(self.task, self.engine, self.emit, self.limits.share(self.spent, searches), self._aggregate)
+            tree = Tree(self.task, self.engine, self.emit, self.limits.share(self.spent, searches), self._rewards)
             # Numbers that do not depend on who is faster, none of them twice.
             tree._numbers = count(first + index, searches + 1)
-            tree.ended = self.ended
+            tree.ended, tree.blind = self.ended, self.blind
             trees.append(tree)
         self._numbers = count(first + searches, searches + 1)
         return trees
@@ -89,7 +94,7 @@ class Tree:
         """Take in what a branch has spent and how it ended."""
         self.spent.add(other.spent)
         self.warnings += [text for text in other.warnings if text not in self.warnings]
-        self.ended = self.ended or other.ended
+        self.ended, self.blind = self.ended or other.ended, self.blind or other.blind
         self.nodes += other.nodes[1:]
 
     async def expand(self, counts: Mapping[Node, int]) -> list[Node]:
@@ -117,7 +122,10 @@ class Tree:
         return await self._children(drafts)
 
     async def score(self, nodes: Sequence[Node]) -> None:
-        """Rewards of the nodes' own steps, in one batch; without text, or once time is over, those of the parents."""
+        """Rewards of the nodes' own steps, in one batch; those of the parents without text, time or a reward model.
+
+        Raises what the reward model's failure raises where `on_reward_error` is "fail".
+        """
         for node in nodes:
             node.rewards = () if node.parent is None else node.parent.rewards
         wanted = [node for node in nodes if node.steps]
@@ -127,6 +135,10 @@ class Tree:
             scores = await self.engine.score(self.task.question, [Path(n.path, len(n.rewards)) for n in wanted])
         except TimeoutError as error:
             self.ended = "ceiling" if str(error) == "ceiling" else "deadline"
+            return
+        except LOST as error:
+            self.warn(self._rewards.lose(error))
+            self.blind = True
             return
         self.spent.passes += len(wanted)
         for node, score in zip(wanted, scores, strict=True):
@@ -156,7 +168,7 @@ class Tree:
             start, node = node, await self.finish(node)
             reason = f"no proposal was complete; {reason}" + (", written to the end" if node is not start else "")
         over = self.ended or (None if decided else self.over)
-        reason = f"{reason}; {self.spent}" + (f"; stopped by its limit of {over}" if over else "")
+        reason = f"{reason}; {self.spent}" + (ENDED.get(over, f"; stopped by its limit of {over}") if over else "")
         await self.emit(Event("winner", None, {"node": node.id, "reason": reason}))
         transcript = self.transcript(node)
         for piece in transcript.take():

@@ -30,7 +30,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from thinkserve.strategies.ending import Ending, EndingOptions, Thought
 from thinkserve.strategies.engine import Answer, Emit, Engine, Event, Job, Task
 from thinkserve.strategies.equivalence import shared
-from thinkserve.strategies.errors import EngineFailed, TooLong, Unsupported, leading
+from thinkserve.strategies.errors import LOST, Lost, leading
 from thinkserve.strategies.modifiers import modifier
 from thinkserve.strategies.reflection import Words
 from thinkserve.strategies.registry import Supports, strategy
@@ -202,7 +202,7 @@ class _Watched(Thought):
                         text = excerpt(thought, self._paragraphs, self._tokens, self._trimmed)
                         exists = await self._trimmed.verifier.states_result(text) > self._options.margin
                         same = await self._same(last, text) if exists and last is not None else None
-                    except (EngineFailed, TooLong, Unsupported) as error:
+                    except LOST as error:
                         self._failed(error)
                         continue
                     last = text if exists else last
@@ -223,7 +223,7 @@ class _Watched(Thought):
         if self._agree >= self._options.agreements:
             self.end(Ending("overthinking", self._kind))
 
-    def _failed(self, error: EngineFailed | TooLong | Unsupported) -> None:
+    def _failed(self, error: Lost) -> None:
         if self._options.on_verifier_error == "fail":
             self._error = error
         else:

@@ -36,7 +36,7 @@ async def run(task: Task, engine: Engine, emit: Emit, options: WeightedVoteOptio
     """k chains run to their ends and vote with weights from a process reward model."""
 
     async def weighted(race: Race, voters: Sequence[Lane]) -> Choice:
-        return await by_vote(race, voters, await rewarded(race, voters, options.aggregate) or {})
+        return await by_vote(race, voters, await rewarded(race, voters, options) or {})
 
     race = Race(task, engine, emit, options.k)
     await race.run()

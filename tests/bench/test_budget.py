@@ -7,20 +7,22 @@ from itertools import pairwise
 
 import pytest
 
-from bench.budget import Measured, Options, Row, cells, cut_for, plot, report, rows_of, verdicts
+from bench.budget import Limited, cells, cut_for, plot, rows_of, verdicts
 from bench.chart import Series, chart, ticks
+from bench.inprocess import Measured, Row, Sample
 
 
-def measured(name: str, budget: int | None, lengths: list[int], right: int) -> Measured:
+def limited(way: str, budget: int | None, lengths: list[int], right: int) -> Limited:
     """A row with so many right answers."""
-    return Measured(Row(name, budget), [index < right for index in range(len(lengths))], lengths)
+    samples = [Sample(index < right, "7", length, length + 9, 0.5, {}) for index, length in enumerate(lengths)]
+    return Limited(way, budget, Measured(Row(f"{way} {budget}"), samples))
 
 
 DONE = [
-    measured("unlimited", None, [100, 200, 300, 400], 4),
-    measured("guidance", 100, [90, 100, 110, 100], 4),
-    measured("hard end, same mean", 100, [100, 100, 100, 100], 1),
-    measured("hard end", 100, [100, 100, 100, 100], 1),
+    limited("unlimited", None, [100, 200, 300, 400], 4),
+    limited("guidance", 100, [90, 100, 110, 100], 4),
+    limited("hard end, same mean", 100, [100, 100, 100, 100], 1),
+    limited("hard end", 100, [100, 100, 100, 100], 1),
 ]
 
 
@@ -50,17 +52,17 @@ def test_every_way_of_limiting_is_asked_for_the_same_budget() -> None:
     """Four rows whose settings follow from the budget alone."""
     rows = rows_of(70)
 
-    assert {70} == {row.budget for row in rows}
-    assert [None, None, 70, None] == [row.cut for row in rows]
-    assert "Think for at most 70 tokens." == rows[-1].words
+    params = [row.body.get("strategy", {}).get("params") for row in rows.values()]
+    assert [{"budget": 70}, {"budget": 70, "hard": False}, None, None] == params
+    assert ({"thinking_token_budget": 70}, {}) == (rows["hard end"].body, rows["asked"].body)
+    assert "Think for at most 70 tokens." == rows["asked"].words
 
 
-def test_the_report_says_where_when_and_what() -> None:
-    """Machine, versions, model, date, problems; a line per row."""
-    text = report(DONE, Options("models/m", problems=4), "2030-01-02")
+def test_no_two_rows_share_what_was_measured() -> None:
+    """The journal knows them by their names."""
+    names = [row.name for budget in (70, 71) for row in rows_of(budget).values()]
 
-    assert all(word in text for word in ("machine:", "versions:", "model: m, date: 2030-01-02, 4 medium problems"))
-    assert 3 + 1 + (2 + len(DONE)) + 1 + 4 == len(text.splitlines())
+    assert len(names) == len(set(names))
 
 
 def test_the_plot_is_well_formed_and_shows_every_series() -> None:

@@ -32,8 +32,8 @@ from thinkserve.strategies.errors import (
         (TooLong(5000, 4096), 400, "context_length_exceeded", "messages"),
         (EngineDead("pid 17 at 0x7f gone"), 503, "engine_unavailable", None),
         (EngineFailed("cuda error in /srv/x.py"), 500, "internal_error", None),
-        (RoleFailed("verifier", "sk-1 at /srv"), 502, "verifier_failed", None),
-        (RoleFailed("reward", "sk-1 at /srv"), 502, "prm_unavailable", None),
+        (RoleFailed("verifier"), 502, "verifier_failed", None),
+        (RoleFailed("reward"), 502, "prm_unavailable", None),
         (TimeoutError(), 504, "deadline_exceeded", None),
         (HTTPException(404), 404, "route_not_found", None),
         (HTTPException(405, headers={"Allow": "GET"}), 405, "method_not_allowed", None),
@@ -54,7 +54,7 @@ def test_each_exception_has_its_status_and_code(exc: Exception, status: int, cod
         RuntimeError("secret 0xdead /etc"),
         EngineFailed("0x7f /srv"),
         EngineDead("0x7f /srv"),
-        RoleFailed("guide", "0x7f /srv"),
+        RoleFailed("guide"),
     ],
 )
 def test_words_of_unexpected_exceptions_stay_inside(exc: Exception) -> None:
@@ -67,7 +67,7 @@ def test_server_faults_that_would_be_paid_twice_forbid_a_retry() -> None:
     """OpenAI clients retry 500 and 504 on their own unless told otherwise; 503 says when to come back."""
     assert from_exception(EngineFailed(""), "r").headers["x-should-retry"] == "false"
     assert from_exception(TimeoutError(), "r").headers["x-should-retry"] == "false"
-    assert from_exception(RoleFailed("reward", ""), "r").headers["x-should-retry"] == "false"
+    assert from_exception(RoleFailed("reward"), "r").headers["x-should-retry"] == "false"
     assert 1 <= int(from_exception(EngineDead(""), "r").headers["Retry-After"]) <= 30
 
 

@@ -123,18 +123,22 @@ async def test_a_helper_that_goes_while_it_writes_is_the_loss_of_its_role() -> N
 
 
 @pytest.mark.parametrize("role", HELPERS)
-async def test_a_helper_that_gives_up_is_told_from_a_target_that_does(role: Role) -> None:
-    """502 with the role's code: nothing is wrong with this server's own engine, and the helper is still there."""
+async def test_a_helper_that_gives_up_is_told_from_a_target_that_does(
+    role: Role, caplog: pytest.LogCaptureFixture
+) -> None:
+    """502 with the role's code: nothing is wrong with this server's own engine. The helper's own words are logged."""
     deployed = Deployed()
     lame = model("lame", "abcdef", fail={0: (2, EngineFailed("half-way"))})
     lame.scripted.score = _gives_up  # type: ignore[method-assign]
     deployed.roles.add(role, lame)
 
-    with pytest.raises(RoleFailed, match="half-way") as caught:
+    with pytest.raises(RoleFailed) as caught:
         await (deployed.roles.engine("req").score("q", []) if role == "reward" else written(deployed, role))
 
     told = from_exception(caught.value, "req")
     assert (502, "api_error") == (told.status, told.type)
+    assert "half-way" not in str(caught.value)
+    assert [f"request req: the model of the role {role} failed: half-way"] == [each.message for each in caplog.records]
     with pytest.raises(EngineFailed) as other:
         async with deployed.roles.engine("req").generate(Job((5,), 50, role="guide")):
             raise EngineFailed("the target's")
@@ -257,6 +261,26 @@ def test_a_lost_reward_model_is_told_before_anything_is_written(serve: Callable[
     assert [] == deployed.target.scripted.history
     outcomes = [server.metric("requests_total", strategy="none", outcome=name) for name in ("error", "overload")]
     assert [1, 0] == outcomes
+
+
+@pytest.mark.parametrize("policy", ["continue", "fail"])
+def test_a_reward_model_that_fails_on_the_way_costs_a_warning_or_what_the_request_says(
+    serve: Callable[..., Any], policy: str
+) -> None:
+    """The chains are not lost with it; its own words reach nobody but the log."""
+    target, prm = model("small", "t</think>7"), model("prm")
+    prm.scripted.score = _gives_up  # type: ignore[method-assign]
+    server = serve(target.scripted, _Closing(Roles(target, {"reward": prm})))
+
+    answer = server.chat(max_tokens=60, strategy={"name": "best-of-n", "params": {"k": 2, "on_reward_error": policy}})
+
+    if policy == "fail":
+        assert (502, "prm_unavailable") == (answer.status_code, answer.json()["error"]["code"])
+    else:
+        told = "the reward model failed: The model that serves the role 'reward' could not do its part."
+        assert [told] == answer.json()["strategy"]["warnings"]
+    assert 2 == len(target.scripted.history)
+    assert "half-way" not in answer.text
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -9,6 +9,7 @@ import pytest
 
 from tests.strategies.worlds import World, search, text_of, told
 from thinkserve.strategies.engine import Sampling
+from thinkserve.strategies.errors import EngineDead, EngineFailed, TooLong, Unsupported
 from thinkserve.strategies.rewards import Aggregate, aggregated, cleaned, solution_steps
 
 CHAINS = ("a\n\nb\n\n1", "c\n\n2", "d\n\ne\n\n2", "f 3")
@@ -66,6 +67,18 @@ def test_without_time_to_score_the_chains_vote(name: str) -> None:
 
     assert ({"2": 2, "1": 1, "3": 1}, "c\n\n2") == (dict(answer.votes), text_of(world, answer))
     assert any("time was over" in warning for warning in answer.warnings)
+
+
+@pytest.mark.parametrize("name", ["best-of-n", "weighted-vote"])
+@pytest.mark.parametrize("error", [EngineFailed("away"), EngineDead("gone"), TooLong(9, 8), Unsupported("no such")])
+def test_chains_whose_reward_model_is_lost_vote(name: str, error: Exception) -> None:
+    """Their tokens are not thrown away."""
+    world = World({"": CHAINS}, REWARDS, tired=0, ailment=error)
+
+    answer, _ = search(name, world, k=4)
+
+    assert ({"2": 2, "1": 1, "3": 1}, "c\n\n2") == (dict(answer.votes), text_of(world, answer))
+    assert (f"the reward model failed: {error}",) == answer.warnings
 
 
 @pytest.mark.parametrize("name", ["best-of-n", "weighted-vote"])

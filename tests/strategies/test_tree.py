@@ -207,6 +207,36 @@ def test_when_time_is_over_the_best_so_far_answers(name: str, tired: int) -> Non
     assert set(text_of(world, answer)) <= set("LR\n")
 
 
+@pytest.mark.parametrize(
+    ("name", "tired"), [(name, tired) for name in REWARDED for tired in (0, 1, 3) if (name, tired) != ("particle", 0)]
+)
+def test_a_search_that_loses_its_reward_model_writes_the_best_so_far_to_its_end(name: str, tired: int) -> None:
+    """Nothing else is scored, what was written is not lost, and warning and reason say what happened.
+
+    (Particles that find none at the start weigh what they have themselves: test_particle.)
+    """
+    world = World(binary(5), preferring("LLLLL"), tired=tired, ailment=EngineFailed("away"))
+
+    answer, _ = search(name, world, **SMALL[name])
+
+    assert tired == len(world.scored)
+    assert ("stop", "the reward model failed: away") == (answer.finish, *answer.warnings)
+    assert text_of(world, answer).strip()
+    assert "stopped by the loss of its reward model" in answer.reason
+    assert tired == 0 or text_of(world, answer).startswith("L")
+
+
+@pytest.mark.parametrize("name", [*REWARDED, "best-of-n", "weighted-vote"])
+def test_who_wants_rewards_or_nothing_gets_the_error_of_the_reward_model(name: str) -> None:
+    """on_reward_error: fail."""
+    world = World(binary(5), preferring("LLLLL"), tired=0, ailment=EngineFailed("away"))
+
+    with pytest.raises(EngineFailed, match="away"):
+        search(name, world, on_reward_error="fail", **SMALL.get(name, {"k": 2}))
+
+    assert [] == world.live
+
+
 @pytest.mark.parametrize("name", REWARDED)
 def test_passes_of_the_scorer_are_limited(name: str) -> None:
     """No more solutions than allowed are scored, and the best so far is written to the end."""

@@ -20,7 +20,8 @@ REWARDED = SEARCHES[:-1]
 class World(ScriptedEngine):
     """Writes `steps[text so far]`, one continuation after the other; what is not in the table ends the solution.
 
-    `rewards` are by the whole text; `tired` scorings are answered, then time is over.
+    `rewards` are by the whole text; `tired` scorings are answered, then time is over (or there is
+    another `ailment`).
     """
 
     def __init__(
@@ -29,11 +30,12 @@ class World(ScriptedEngine):
         rewards: Mapping[str, float] | Callable[[str], float] = {},
         *,
         tired: int | None = None,
+        ailment: Exception | None = None,
         prompt: str = PROMPT,
         **more: Any,
     ) -> None:
         self.visits: Counter[str] = Counter()
-        self.tired = tired
+        self.tired, self.ailment = tired, ailment or TimeoutError("deadline")
         self.start = prompt
         self._table = steps if callable(steps) else lambda text: steps.get(text, ("",))
         worth = rewards if callable(rewards) else lambda text: rewards.get(text, 0.5)
@@ -57,9 +59,9 @@ class World(ScriptedEngine):
         return Task(self.encode(self.start), max_tokens, **({"phase": "answer"} | more))
 
     async def score(self, question: str, paths: Sequence[Path], role: Role = "reward") -> list[Score]:
-        """The rewards, as long as time is left."""
+        """The rewards, as long as nothing is in the way."""
         if self.tired is not None and len(self.scored) >= self.tired:
-            raise TimeoutError("deadline")
+            raise self.ailment
         return await super().score(question, paths, role)
 
 
