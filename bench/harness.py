@@ -20,6 +20,11 @@ import anyio
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("strategies", "serve", "startup")
+# What decides a measurement beside its options: what answers, and what asks.
+SOURCES = (
+    "server/*.py", "strategies/*.py", "kernels/*.py", "kernels/csrc/*", "guidance/*.py", "train/tasks.py",
+    "bench/tasks.py", "bench/client.py", "bench/inprocess.py",
+)  # fmt: skip
 Item = TypeVar("Item")
 
 
@@ -115,10 +120,10 @@ def state(options: Mapping[str, object], models: Sequence[str]) -> str:
     digest = hashlib.sha256(json.dumps([dict(options), machine(), versions()]).encode())
     for model in map(Path, models):
         # Vectors and predictors below it, too.
-        for path in sorted(model.rglob("*.safetensors")):
+        for path in sorted([*model.rglob("*.safetensors"), *model.rglob("*.json")]):
             stat = path.stat()
             digest.update(f"{path.relative_to(model)} {stat.st_size} {stat.st_mtime_ns}".encode())
-    for path in sorted([*ROOT.glob("server/*.py"), *ROOT.glob("strategies/*.py")]):
+    for path in sorted(path for pattern in SOURCES for path in ROOT.glob(pattern)):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 from statistics import fmean
 from time import perf_counter
@@ -124,7 +125,9 @@ async def measure(
 
 
 def _key(row: Row, index: int) -> str:
-    return f"{row.name}/{index}"
+    # A row that asks for something else than it did is another row.
+    asked = sha256(json.dumps([row.body, row.words], sort_keys=True).encode()).hexdigest()[:8]
+    return f"{row.name} {asked}/{index}"
 
 
 async def _one(client: httpx.AsyncClient, row: Row, problem: Problem, index: int, asked: Asked) -> Sample:

@@ -150,7 +150,7 @@ def _chat_row(journal: Journal, cell: serve.Cell) -> ChatRow | None:
         load=cell.name,
         ours=fmean(ours_speeds),
         vllm=fmean(vllm_speeds),
-        ratio=stats.paired_ratio(ours_speeds, vllm_speeds),
+        ratio=stats.ratio_of_few(ours_speeds, vllm_speeds),
         ours_requests=fmean(pair[0]["requests"] / pair[0]["seconds"] for pair in pairs),
         vllm_requests=fmean(pair[1]["requests"] / pair[1]["seconds"] for pair in pairs),
         ours_first_ms=fmean(pair[0]["first_ms"] for pair in pairs),

@@ -46,8 +46,6 @@ MOST_TOKENS = 1 / 3
 HEADER = (
     "method", "chains", "accuracy", "tokens", "scorer passes", "scorer tokens", "from cache", "wall s", "stopped by",
 )  # fmt: skip
-# How A* is told its budget; part of what makes a run this run, as a row is known by its name.
-TOLD = "k = half of the chains"
 MOST_EXPANSIONS = 4096
 
 
@@ -148,7 +146,7 @@ def command(
     if unknown := set(methods) - set(METHODS):
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}: not one of {', '.join(METHODS)}")
     count, asked = 8 if quick else problems, Asked(concurrency, temperature=0.8)
-    told = {"reward": Path(reward).name, "problems": count, "level": level, "a-star": TOLD, **asdict(asked)}
+    told = {"reward": Path(reward).name, "problems": count, "level": level, **asdict(asked)}
     run = Run("search", model, told, (reward,))
     done = anyio.run(bench, (model, reward), methods, budgets, load(level, count, asked.seed), asked, run.journal())
     rows = list(map(cells, done))

@@ -18,6 +18,7 @@ from bench.overhead import Cost, Way, measure, settings_of
 from thinkserve.server import vllm_launch
 from thinkserve.server.vllm_controls import NOTHING, Entry, Steered
 from thinkserve.server.vllm_engine import VllmBackend, create
+from thinkserve.steering.vector_file import view
 from thinkserve.strategies.engine import Job, Tokens
 
 
@@ -25,9 +26,9 @@ def vector(hidden: int, layers: int, close: int) -> Steered:
     """A small vector on the first `layers` blocks, as long as thinking lasts if `close` ends it (-1: always)."""
     draw = Random(0)
     numbers = {
-        str(layer): array("f", (draw.gauss(0, 0.01) for _ in range(hidden))).tobytes() for layer in range(layers)
+        str(layer): view(array("f", (draw.gauss(0, 0.01) for _ in range(hidden))).tobytes()) for layer in range(layers)
     }
-    name = hashlib.sha256(b"".join(numbers.values())).hexdigest()
+    name = hashlib.sha256(b"".join(map(bytes, numbers.values()))).hexdigest()
     return Steered((Entry(name, 1.0, 0, None, close, 0),), {name: numbers})
 
 

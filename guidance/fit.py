@@ -24,7 +24,9 @@ from thinkserve.guidance.traces import BadTraces, Trace
 
 # States kept at once: as many traces as fit are a pool, learned from `epochs` times before the next one's are computed.
 POOL_BYTES = 2**31
-SEQUENCES = 8  # traces in one forward pass of the base model
+# All states of all tokens of one forward pass of the base model; a single trace may need more.
+PASS_BYTES = 2**31
+SEQUENCES = 8  # traces in one forward pass at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,10 @@ Chosen = list[tuple[Trace, list[Position]]]
 
 
 class Fit:
-    """One training, in memory; `state` and `restore` make it resumable."""
+    """One training, in memory, on the GPU if there is one; `state` and `restore` make it resumable.
+
+    Raises BadTraces when the traces are too few.
+    """
 
     def __init__(
         self, folder: Path, traces: list[Trace], recipe: Recipe, close: int, newlines: tuple[int, ...]
@@ -94,21 +99,28 @@ class Fit:
         from transformers import AutoModel
 
         torch.manual_seed(recipe.seed)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.recipe, self.close, self._newlines = recipe, close, frozenset(newlines)
         usable = [t for t in traces if close in (t.completion or ()) and 0 < len(t.prompt) <= recipe.longest]
-        if len(usable) < 2:
+        prompts = list(dict.fromkeys(trace.prompt for trace in usable))
+        if len(prompts) < 2:
             found = f"{len(usable)} of {len(traces)} traces have a prompt of 1 to {recipe.longest} tokens"
-            raise BadTraces(f"{found} and end their thinking; training needs more")
+            raise BadTraces(f"{found} and end their thinking; training needs some of two prompts at least")
         rng = random.Random(recipe.seed)
-        rng.shuffle(usable)
-        kept = max(1, round(recipe.held_out * len(usable)))
-        self.held_out = self.choose(usable[:kept], None)
-        self.traces = self.choose(usable[kept:], rng)
-        self.base: Any = AutoModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
-        config = self.base.config
-        self.predictor = Predictor(Size.of(config.hidden_size, config.num_hidden_layers, config.vocab_size))
+        rng.shuffle(prompts)
+        # Several traces of one prompt stand on one side: what is held out has not been learned from.
+        held = set(prompts[: max(1, round(recipe.held_out * len(prompts)))])
+        self.held_out = self.choose([trace for trace in usable if trace.prompt in held], None)
+        self.traces = self.choose([trace for trace in usable if trace.prompt not in held], rng)
+        # A GPU serves the model in 16 bits, and these are the states that the predictor will see.
+        kind = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        base: Any = AutoModel.from_pretrained(folder, dtype=kind)
+        self.base: Any = base.to(self.device).eval().requires_grad_(False)
+        config = self.base.config.get_text_config()
+        size = Size.of(config.hidden_size, config.num_hidden_layers, config.vocab_size)
+        self.predictor = Predictor(size).to(self.device)
         self.optimizer = torch.optim.AdamW(self.predictor.parameters(), lr=recipe.lr, weight_decay=0.0)
-        self._pools = list(self._pooled())
+        self._pools = list(self._pooled(self.traces))
         self.step = 0
         self.seconds = 0.0
 
@@ -126,11 +138,14 @@ class Fit:
 
         return [(t, [p for p in positions(t, self.close, self._newlines) if used(p)]) for t in traces]
 
-    def _pooled(self) -> Iterator[Chosen]:
-        size = self.predictor.size
-        most = max(1, POOL_BYTES // (4 * size.states * size.hidden))
+    def _room(self, size: int) -> int:
+        """Positions whose states take so many bytes."""
+        return max(1, size // (4 * self.predictor.size.states * self.predictor.size.hidden))
+
+    def _pooled(self, chosen: Chosen) -> Iterator[Chosen]:
+        most = self._room(POOL_BYTES)
         pool, count = Chosen(), 0
-        for trace, places in self.traces:
+        for trace, places in chosen:
             if pool and count + len(places) > most:
                 yield pool
                 pool, count = [], 0
@@ -143,26 +158,37 @@ class Fit:
 
     def data(self, chosen: Chosen) -> Data:
         """Positions with the base model's states."""
-        near = sorted(chosen, key=lambda pair: len(pair[0].prompt) + len(pair[0].completion or ()))
-        states = [self._states(near[at : at + SEQUENCES]) for at in range(0, len(near), SEQUENCES)]
+        near = sorted(chosen, key=lambda pair: pair[1][-1].at)
+        states = [self._states(few) for few in self._passes(near)]
         places = [place for _, found in near for place in found]
+        on = self.device
         return Data(
             torch.cat(states),
-            torch.tensor([place.token for place in places]),
-            torch.tensor([place.left + 1.0 for place in places]).log(),
-            torch.tensor([place.line_start for place in places]),
+            torch.tensor([place.token for place in places], device=on),
+            torch.tensor([place.left + 1.0 for place in places], device=on).log(),
+            torch.tensor([place.line_start for place in places], device=on),
         )
+
+    def _passes(self, near: Chosen) -> Iterator[Chosen]:
+        """Traces, sorted by their length, that go through the base model together."""
+        few, most = Chosen(), self._room(PASS_BYTES)
+        for trace, places in near:
+            if few and (len(few) == SEQUENCES or (len(few) + 1) * (places[-1].at + 1) > most):
+                yield few
+                few = []
+            few.append((trace, places))
+        yield few
 
     @torch.no_grad()
     def _states(self, chosen: Chosen) -> Tensor:
         rows = [(trace.prompt + (trace.completion or ()))[: places[-1].at + 1] for trace, places in chosen]
         width = max(map(len, rows))
-        ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
-        row = torch.tensor([row for row, (_, places) in enumerate(chosen) for _ in places])
-        time_ = torch.tensor([place.at for _, places in chosen for place in places])
+        ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=self.device)
+        row = torch.tensor([row for row, (_, places) in enumerate(chosen) for _ in places], device=self.device)
+        time_ = torch.tensor([place.at for _, places in chosen for place in places], device=self.device)
         # Causal: the padding on the right is seen by nobody who counts.
         out = self.base(ids, output_hidden_states=True, use_cache=False)
-        return torch.stack([hidden[row, time_] for hidden in out.hidden_states], 1)
+        return torch.stack([hidden[row, time_].float() for hidden in out.hidden_states], 1)
 
     def train(self) -> Iterator[float]:
         """Go on to the end; yields the loss of every step in nats per position. The same each time it is begun."""
@@ -182,7 +208,7 @@ class Fit:
             began = time.monotonic()
             epoch, index = divmod(step, per_epoch)
             seed = self.recipe.seed + 1000 * number + epoch
-            order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+            order = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).to(self.device)
             loss = self._update(data.at(order[index * self.recipe.batch : (index + 1) * self.recipe.batch]))
             self.step += 1
             self.seconds += time.monotonic() - began
@@ -192,8 +218,8 @@ class Fit:
         seen = self.predictor.encode(batch.states)
         loss = gamma_nll(*self.predictor.chosen(seen, batch.token), batch.x).mean()
         border = seen[batch.line_start]
-        closing = torch.full((len(border),), self.close)
-        one = torch.full((len(border),), 2.0).log()
+        closing = torch.full((len(border),), self.close, device=self.device)
+        one = torch.full((len(border),), 2.0, device=self.device).log()
         close_loss = gamma_nll(*self.predictor.chosen(border, closing), one).sum() / len(seen)
         torch.autograd.backward(loss + self.recipe.close_weight * close_loss)
         torch.nn.utils.clip_grad_norm_(self.predictor.parameters(), 1.0)
@@ -206,19 +232,24 @@ class Fit:
     @torch.no_grad()
     def check(self) -> dict[str, float]:
         """On held-out traces, at line starts: nats per position, and how often L is below three predicted quantiles."""
-        data = self.data(self.held_out)
-        seen = torch.cat([self.predictor.encode(states) for states in torch.split(data.states, self.recipe.batch)])
-        alpha, rate = self.predictor.chosen(seen, data.token)
-        level = torch.special.gammainc(alpha.double(), rate.double() * data.x.double())
+        said = [self._said(self.data(pool)) for pool in self._pooled(self.held_out)]
+        alpha, rate, x = (torch.cat(part) for part in zip(*said, strict=True))
+        level = torch.special.gammainc(alpha.double(), rate.double() * x.double())
         below = {f"below_{q}": round(float((level <= q).double().mean()), 4) for q in (0.1, 0.5, 0.9)}
         # Untrained tokens have rates below 1: a mask at this quantile still tells them from those that do occur.
         lowest = float(rate.quantile(0.01))
         return {
             "rate_1%": round(lowest, 3),
-            "nats": round(float(gamma_nll(alpha, rate, data.x).mean()), 4),
+            "nats": round(float(gamma_nll(alpha, rate, x).mean()), 4),
             "positions": len(level),
             **below,
         }
+
+    def _said(self, data: Data) -> tuple[Tensor, Tensor, Tensor]:
+        """Shape, rate and log(L + 1) of each position, on the CPU."""
+        seen = torch.cat([self.predictor.encode(states) for states in torch.split(data.states, self.recipe.batch)])
+        alpha, rate = self.predictor.chosen(seen, data.token)
+        return alpha.cpu(), rate.cpu(), data.x.cpu()
 
     def state(self) -> dict[str, Any]:
         """Everything that `restore` needs."""

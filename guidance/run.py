@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -16,6 +17,7 @@ from thinkserve.guidance.checkpoint import LAM_MIN, About, save
 from thinkserve.guidance.fit import Fit, Recipe
 from thinkserve.guidance.traces import BadTraces, Trace, Words, completed, read, tasks, write
 from thinkserve.steering.fingerprint import fingerprint
+from thinkserve.train.evaluate import Sampler
 
 WRITTEN, UNFINISHED = "traces.jsonl", "last.pt"
 CHUNK = 500  # traces written between two saves
@@ -23,6 +25,8 @@ SAVE_EVERY_S = 60.0
 SAY_EVERY_S = 10.0
 
 Say = Callable[[str], None]
+# The model at work within a context of so many tokens, for as long as it has something to write.
+Writing = Callable[[int], AbstractContextManager[Sampler]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,19 +39,23 @@ class Source:
     most: int = 2048
 
 
-def train(model: Path, out: Path, source: Source, recipe: Recipe, say: Say, close: str = "</think>") -> dict[str, Any]:
+def train(
+    model: Path, out: Path, source: Source, recipe: Recipe, say: Say, writing: Writing, close: str = "</think>"
+) -> dict[str, Any]:
     """Make the predictor of `model` in `out`; returns what its file says of the training. Raises BadTraces, OSError.
 
-    What an interrupted call has left in `out` is used, if it was made with the same settings, and removed at the end.
+    `writing` starts the model where traces have to be written. What an interrupted call has left in `out` is used, if
+    it was made with the same settings, and removed at the end.
     """
     out.mkdir(parents=True, exist_ok=True)
     words = Words(model, close)
     mark = fingerprint(model)
-    traces = _traces(model, out, source, recipe, words, mark, say)
+    traces = _traces(out, source, recipe, words, mark)
+    _complete(traces, out / WRITTEN, source, recipe, say, writing)
     fit = Fit(model, traces, recipe, words.close, words.newlines(_vocabulary(model)))
     unfinished = out / UNFINISHED
     if unfinished.exists():
-        fit.restore(torch.load(unfinished, weights_only=True))
+        fit.restore(torch.load(unfinished, map_location="cpu", weights_only=True))
         say(f"going on at step {fit.step} of {fit.steps}")
     _fit(fit, unfinished, say)
     check = fit.check()
@@ -71,8 +79,8 @@ def _vocabulary(model: Path) -> int:
     return int(config.get("vocab_size") or config["text_config"]["vocab_size"])
 
 
-def _traces(model: Path, out: Path, source: Source, recipe: Recipe, words: Words, mark: str, say: Say) -> list[Trace]:
-    """The source's traces, completed; while the model writes them, those it has written are kept in `out`."""
+def _traces(out: Path, source: Source, recipe: Recipe, words: Words, mark: str) -> list[Trace]:
+    """The source's traces, those that an interrupted call has written among them."""
     kept, about = out / WRITTEN, out / f"{WRITTEN}.json"
     asked = {"file": _content(source.file), "tasks": source.tasks, "temperature": source.temperature,
              "most": source.most, "seed": recipe.seed, "model": mark}  # fmt: skip
@@ -83,23 +91,24 @@ def _traces(model: Path, out: Path, source: Source, recipe: Recipe, words: Words
         kept.unlink(missing_ok=True)
         about.write_text(json.dumps(asked), encoding="utf-8")
     if kept.exists():
-        traces = read(kept, words)
-    else:
-        traces = read(source.file, words) if source.file else tasks(source.tasks, words, recipe.seed)
-    if all(trace.completion is not None for trace in traces):
-        return traces
-    from thinkserve.train.vllm_sample import VllmSampler
+        return read(kept, words)
+    return read(source.file, words) if source.file else tasks(source.tasks, words, recipe.seed)
 
-    sampler = VllmSampler(model)
-    for at in range(0, len(traces), CHUNK):
-        part = traces[at : at + CHUNK]
-        if any(trace.completion is None for trace in part):
-            seed = recipe.seed + at
-            written = completed(part, sampler, temperature=source.temperature, most=source.most, seed=seed)
-            traces[at : at + CHUNK] = written
-            write(kept, traces)
-            say(f"the model has written {min(at + CHUNK, len(traces))} of {len(traces)} traces")
-    return traces
+
+def _complete(traces: list[Trace], kept: Path, source: Source, recipe: Recipe, say: Say, writing: Writing) -> None:
+    """Let the model write what lacks a completion; what it has written is in `kept` after every chunk."""
+    lacking = [len(trace.prompt) for trace in traces if trace.completion is None]
+    if not lacking:
+        return
+    with writing(max(lacking) + source.most) as sampler:
+        for at in range(0, len(traces), CHUNK):
+            part = traces[at : at + CHUNK]
+            if any(trace.completion is None for trace in part):
+                seed = recipe.seed + at
+                written = completed(part, sampler, temperature=source.temperature, most=source.most, seed=seed)
+                traces[at : at + CHUNK] = written
+                write(kept, traces)
+                say(f"the model has written {min(at + CHUNK, len(traces))} of {len(traces)} traces")
 
 
 def _content(file: Path | None) -> str | None:
@@ -130,4 +139,4 @@ def _save(fit: Fit, unfinished: Path) -> None:
     part.replace(unfinished)
 
 
-__all__ = ["BadTraces", "Recipe", "Source", "train"]
+__all__ = ["BadTraces", "Recipe", "Sampler", "Source", "train"]

@@ -187,7 +187,8 @@ def fused(logits: Tensor, vocab: int, close: int = -1) -> Tensor:
     stride = logits.stride(0)
     part_kernel[rows, parts](logits, stride, vocab, close, span, sums, lanes=lanes, whole=parts == 1, num_warps=8)
     if parts > 1:
-        wide = triton.next_power_of_2(parts)
+        # As for one row, which has the most parts: with widths of their own, other batches would compile in serving.
+        wide = triton.next_power_of_2(min(blocks, PROGRAMS))
         merge_kernel[rows,](logits, stride, vocab, close, sums, parts, out, lanes=wide, num_warps=1)
     return out
 

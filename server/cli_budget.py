@@ -5,16 +5,27 @@ Paths and numbers are checked before torch is imported; a mistake is one line on
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from thinkserve.server.config import load
 from thinkserve.server.model_dir import ModelDir, StartError, find_model
+from thinkserve.server.settings import Settings
 from thinkserve.server.vllm_guidance import FOLDER
+from thinkserve.server.vllm_launch import is_cpu_build, prepare_environment
+from thinkserve.strategies.errors import ReasoningError
+
+if TYPE_CHECKING:
+    from thinkserve.guidance.run import Sampler
 
 app = typer.Typer(help="Budget guidance: a predictor of the remaining thinking length, per model.")
 
@@ -49,6 +60,7 @@ def train(
         raise StartError(f"No such file: {traces}")
     found = find_model(model)
     folder = _folder(found, out)
+    settings = _engine(found)
     import torch
 
     from thinkserve.guidance.run import BadTraces, Recipe, Source
@@ -59,8 +71,8 @@ def train(
     source = Source(traces, tasks, temperature, max_tokens)
     recipe = Recipe(epochs=epochs, lr=lr, batch=batch, seed=seed)
     try:
-        training = fit(found.path, folder, source, recipe, console.print, close)
-    except (BadTraces, OSError) as error:
+        training = fit(found.path, folder, source, recipe, console.print, partial(_writing, settings, found), close)
+    except (BadTraces, ReasoningError, OSError) as error:
         raise StartError(str(error)) from error
     _print(folder, {"model": found.path, **training})
 
@@ -82,6 +94,33 @@ def show(model: Model = None, out: Out = None) -> None:
     encoder = f"{size.layers} layers of width {size.width} over {size.states} states of {size.hidden}"
     facts = {"made for these weights": fits, "encoder": encoder, "vocabulary": size.vocabulary}
     _print(folder, {**facts, "tokens with a line break": len(about.newlines), **about.training})
+
+
+def _engine(model: ModelDir) -> Settings:
+    """The engine that will serve the model, as THINKSERVE_* has it, without the predictor that is yet to be made.
+
+    What torch reads from the environment when it is imported is set. Raises StartError.
+    """
+    settings = load({"model": str(model.path), "steering": False, "guidance": False}, None).settings
+    prepare_environment(settings, is_cpu_build(), model.small)
+    return settings
+
+
+@contextmanager
+def _writing(settings: Settings, model: ModelDir, context: int) -> Iterator[Sampler]:
+    """The engine at work on traces, in a context no longer than they need: a long one takes much memory."""
+    from thinkserve.server.vectors_writer import started
+
+    config = json.loads((model.path / "config.json").read_text(encoding="utf-8"))
+    own = config.get("text_config", config).get("max_position_embeddings") or context
+    known = [context, own, settings.max_model_len or own]
+    with started(settings.model_copy(update={"max_model_len": min(known)})) as writer:
+
+        def sample(prompts: list[list[int]], *, temperature: float, seed: int, most: int = 2048) -> list[list[int]]:
+            written = writer.write(prompts, temperature=temperature, seed=seed, most=most)
+            return [each.tokens for each in written]
+
+        yield sample
 
 
 def _folder(model: ModelDir, out: Path | None) -> Path:

@@ -15,9 +15,9 @@ from thinkserve.server.config import Config, load
 from thinkserve.server.settings import Settings
 
 ENGINE = frozenset({
-    "budget_predictor", "dtype", "enforce_eager", "gpu_memory_utilization", "guide", "kv_cache_gib", "max_model_len",
-    "max_num_seqs", "reasoning_close", "reasoning_open", "reward", "steering", "tensor_parallel_size", "vectors_dir",
-    "verifier",
+    "budget_predictor", "dtype", "enforce_eager", "gpu_memory_utilization", "guidance", "guide", "kv_cache_gib",
+    "max_model_len", "max_num_seqs", "reasoning_close", "reasoning_open", "reward", "steering", "tensor_parallel_size",
+    "vectors_dir", "verifier",
 })  # fmt: skip
 MODEL = Annotated[str | None, typer.Argument(help=Settings.model_fields["model"].description, show_default=False)]
 FILE = Annotated[

@@ -24,8 +24,8 @@ from thinkserve.strategies.text import last_tags
 # How many vectors may act on one token.
 COLUMNS = 4
 
-# The float32 bytes of a vector by layer. On some of its layers only it is another vector, with an id of its own.
-Payload = Mapping[str, bytes]
+# Views of a vector's float32 values by layer. On some of its layers only it is another vector, with an id of its own.
+Payload = Mapping[str, "memoryview[float]"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ def _vector(control: Steer, vectors: Vectors) -> tuple[str, Payload]:
 
 
 def _payload(vector: SteeringVector, layers: tuple[int, ...]) -> Payload:
-    return {str(layer): vector.layers[layer].tobytes() for layer in layers or vector.layers}
+    return {str(layer): vector.layers[layer] for layer in layers or vector.layers}
 
 
 def _close(prompt: Tokens, info: ModelInfo) -> int | None:

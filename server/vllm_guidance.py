@@ -20,6 +20,8 @@ UNAVAILABLE = "This model has no budget predictor, so it takes no budget guidanc
 
 def predictor_folder(settings: Settings, model: ModelDir) -> Path | None:
     """Where the model's predictor is: the folder configured, else `budget/` of the model, else None. Cheap."""
+    if not settings.guidance:
+        return None
     if settings.budget_predictor is not None:
         return settings.budget_predictor
     # A training that is under way has written its traces there, but no predictor yet.

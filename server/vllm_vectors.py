@@ -87,7 +87,7 @@ class LoadedVectors:
                 idle = self._idle(wanted)[0]
                 del self._users[idle]
                 await self._call("drop", idle)
-            if not all(await self._call("load", name, dict(wanted[name]))):
+            if not all(await self._call("load", name, {layer: bytes(view) for layer, view in wanted[name].items()})):
                 raise _full()
             self._users[name] = 0
 

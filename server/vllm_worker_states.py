@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from thinkserve.server.vllm_worker import graft
 from thinkserve.server.vllm_worker_blocks import blocks_of, is_here
@@ -31,7 +32,7 @@ class States:
             self.index.zero_()
         self.count = len(rows)
         if rows:
-            self.index[: self.count] = torch.tensor(rows).to(self.index.device, non_blocking=True)
+            self.index[: self.count] = async_tensor_h2d(rows, self.index.device, self.index.dtype)
 
     def taken(self) -> Tensor:
         """The states of the rows wanted, [rows, states, hidden]."""

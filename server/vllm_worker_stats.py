@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from thinkserve.kernels.token_stats import token_stats
 from thinkserve.server.vllm_worker import STATS, Step
@@ -55,7 +56,8 @@ class Stats:
         if rows:
             some = logits
             if len(rows) < len(step.request_ids):
-                some = logits[torch.tensor(rows, device=logits.device)]
+                # Not a plain copy, which on a GPU would wait for the pass that is under way.
+                some = logits[async_tensor_h2d(rows, logits.device, torch.int64)]
             self._ids = [step.request_ids[row] for row in rows]
             self._values = to_host(token_stats(some, self._vocab, self._close)[:, _COLUMNS])
         return logits

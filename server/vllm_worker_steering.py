@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from thinkserve.kernels.steer import steer
 from thinkserve.server.vllm_worker import Ints, Step
@@ -204,8 +205,7 @@ class Steering:
         some = rows.close >= 0
         parts = (rows.row, rows.column, rows.position, rows.close, rows.state)
         row, column, position, close, state = (
-            torch.from_numpy(np.ascontiguousarray(part[some])).to(self._device, torch.int64, non_blocking=True)
-            for part in parts
+            async_tensor_h2d(part[some].astype(np.int64), self._device) for part in parts
         )
         closed = self._closed.update(state, position, ids[row] == close)
         self.index[row, column] = torch.where(position >= closed, -1, self.index[row, column])

@@ -62,9 +62,10 @@ def train(options: argparse.Namespace, family: Path, target: Path) -> dict[str, 
 
 
 def on(recipe: Recipe, options: argparse.Namespace) -> Recipe:
-    """The recipe as the command line changes it: a GPU takes larger batches."""
-    batch = recipe.batch * 8 if options.device == "cuda" else recipe.batch
-    return replace(recipe, minutes=options.minutes or recipe.minutes, device=options.device, batch=batch)
+    """The recipe as the command line changes it: a GPU takes larger batches, as many of them."""
+    more = 8 if options.device == "cuda" else 1
+    larger = replace(recipe, batch=recipe.batch * more, tokens=recipe.tokens * more)
+    return replace(larger, minutes=options.minutes or recipe.minutes, device=options.device)
 
 
 def training_chains(family: Path, folder: Path, count: int) -> list[Chain]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import sqrt
+from math import exp, inf, sqrt
 from random import Random
 
 import pytest
@@ -51,6 +51,27 @@ def test_mean_interval_approaches_the_normal_one() -> None:
 
     assert pytest.approx(average) == found.value
     assert pytest.approx(normal, rel=0.05) == (found.high - found.low) / 2
+
+
+def test_of_a_few_pairs_the_interval_is_students() -> None:
+    """ln 1.1 and ln 1.2 have a mean of 0.1388 and a deviation of 0.0615: 12.706 / sqrt 2 of it to either side."""
+    found = stats.ratio_of_few([1.1, 2.4], [1.0, 2.0])
+
+    assert pytest.approx((1.1489, 0.6611, 1.9967), abs=2e-3) == (found.value, found.low, found.high)
+    assert (0, inf) == (stats.ratio_of_few([1.0], [2.0]).low, stats.ratio_of_few([1.0], [2.0]).high)
+
+
+@pytest.mark.parametrize("pairs", [2, 3, 5])
+def test_so_many_of_the_intervals_of_a_few_pairs_hold_the_truth(pairs: int) -> None:
+    """95 % of them; those of the bootstrap would be half to three quarters."""
+    rng = Random(1)
+    held = 0
+    for _ in range(2000):
+        ours = [exp(rng.gauss(0, 0.1)) for _ in range(pairs)]
+        found = stats.ratio_of_few(ours, [1.0] * pairs)
+        held += found.low <= 1 <= found.high
+
+    assert pytest.approx(0.95, abs=0.02) == held / 2000
 
 
 def test_paired_ratio_of_proportional_rows_is_exact() -> None:

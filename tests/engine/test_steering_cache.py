@@ -26,7 +26,7 @@ def steered(make_vector: Callable[..., SteeringVector]) -> Callable[..., Steered
 
     def make(start: int, scale: float = 1.0) -> Steered:
         entry = Entry(vector.id, scale, start, None, -1, 0)
-        return Steered((entry,), {vector.id: {"2": vector.layers[2].tobytes()}})
+        return Steered((entry,), {vector.id: {"2": vector.layers[2]}})
 
     return make
 

@@ -52,7 +52,7 @@ def test_a_steer_acts_from_the_last_prompt_token_on(vectors: Mapping[str, Steeri
         [f"{wide}/5", 1.0, 2, None, -1, 2],
     ] == found.args()["steer"]
     assert {wide: {"1", "5"}, a: {"2"}, f"{wide}/5": {"5"}} == {name: set(held) for name, held in found.vectors.items()}
-    assert all(len(data) == 4 * 128 for held in found.vectors.values() for data in held.values())
+    assert all(data.nbytes == 4 * 128 for held in found.vectors.values() for data in held.values())
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from thinkserve.server.errors import ApiError
 from thinkserve.server.vllm_vectors import Kept, LoadedVectors
 
-PAYLOAD = {"0": b""}
+PAYLOAD = {"0": memoryview(b"").cast("f")}
 
 
 class Worker:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import random
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from thinkserve.guidance.fit import Fit, Recipe, positions
 from thinkserve.guidance.run import Source, train
 from thinkserve.guidance.traces import BadTraces, Trace, Words, completed, read, tasks, write
 from thinkserve.steering.fingerprint import fingerprint
+from thinkserve.train.evaluate import Sampler
 
 CLOSE, NEWLINE = 4, 10
 RECIPE = Recipe(epochs=2, batch=32, held_out=0.2)
@@ -30,7 +33,7 @@ def some_traces(n: int = 12) -> list[Trace]:
     def line() -> tuple[int, ...]:
         return (*(rng.randrange(20, 600) for _ in range(rng.randint(2, 6))), NEWLINE)
 
-    return [Trace((1, 50, 3), line() + line() + line() + (CLOSE, 77, 2)) for _ in range(n)]
+    return [Trace((1, 50 + i, 3), line() + line() + line() + (CLOSE, 77, 2)) for i in range(n)]
 
 
 def test_the_position_that_predicts_the_closing_tag_has_one_token_left() -> None:
@@ -92,6 +95,32 @@ def test_a_prompt_that_leaves_nothing_to_learn_is_left_out(folder: Path) -> None
         Fit(folder, others, recipe, CLOSE, (NEWLINE,))
 
 
+def test_what_is_held_out_has_not_been_learned_from(folder: Path) -> None:
+    """Several traces of one prompt stand on one side; of a single prompt nothing could be held out."""
+    several = [replace(trace, prompt=(1, 50 + index // 4, 3)) for index, trace in enumerate(some_traces())]
+
+    fit = Fit(folder, several, RECIPE, CLOSE, (NEWLINE,))
+
+    held, learned = ({trace.prompt for trace, _ in side} for side in (fit.held_out, fit.traces))
+    assert (1, 2, set()) == (len(held), len(learned), held & learned)
+    assert (4, 8) == (len(fit.held_out), len(fit.traces))
+    with pytest.raises(BadTraces, match="two prompts"):
+        Fit(folder, several[:4], RECIPE, CLOSE, (NEWLINE,))
+
+
+def test_long_traces_go_through_the_model_one_by_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their states would not fit in memory together; what is found is the same."""
+    fit = Fit(folder, some_traces(), RECIPE, CLOSE, (NEWLINE,))
+    together, passes = fit.data(fit.traces), list(fit._passes(fit.traces))
+    monkeypatch.setattr("thinkserve.guidance.fit.PASS_BYTES", 4 * 3 * 64 * 30)
+
+    apart = list(fit._passes(fit.traces))
+
+    assert len(passes) < len(apart) <= len(fit.traces)
+    assert fit.traces == [pair for few in apart for pair in few]
+    torch.testing.assert_close(fit.data(fit.traces).states, together.states, atol=1e-5, rtol=1e-4)
+
+
 def test_pools_of_states_bound_the_memory_and_cover_every_trace(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A large model's states do not fit at once."""
     monkeypatch.setattr("thinkserve.guidance.fit.POOL_BYTES", 4 * 3 * 64 * 10)
@@ -126,6 +155,11 @@ def test_another_recipe_does_not_go_on(folder: Path) -> None:
         other.restore(fit.state())
 
 
+def nobody(context: int) -> NoReturn:
+    """Nothing is to be written."""
+    raise AssertionError("the model was started")
+
+
 def test_the_command_leaves_a_predictor_and_nothing_else(folder: Path, tmp_path: Path) -> None:
     """From a file of traces, in text and in ids; what was written can be loaded and says what it is."""
     lines = [
@@ -136,7 +170,7 @@ def test_the_command_leaves_a_predictor_and_nothing_else(folder: Path, tmp_path:
     file.write_text("".join(json.dumps(line) + "\n" for line in [*lines, ids]))
     said: list[str] = []
 
-    training = train(folder, tmp_path / "budget", Source(file), Recipe(epochs=3, batch=1000), said.append)
+    training = train(folder, tmp_path / "budget", Source(file), Recipe(epochs=3, batch=1000), said.append, nobody)
 
     predictor, about = load(tmp_path / "budget")
     assert {"predictor.json", "predictor.safetensors"} == {f.name for f in (tmp_path / "budget").iterdir()}
@@ -146,37 +180,36 @@ def test_the_command_leaves_a_predictor_and_nothing_else(folder: Path, tmp_path:
     assert predictor(torch.zeros(1, 3, 64))[0].shape == (1, 640)
 
 
-def test_what_was_left_of_other_traces_is_not_taken_up(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_left_of_other_traces_is_not_taken_up(folder: Path, tmp_path: Path) -> None:
     """Not even by the second of two calls, the first of which failed; nor is a training on other traces continued."""
     asked: list[int] = []
+    contexts: list[int] = []
 
-    class Sampler:
-        """Fails the first time, as an engine that does not start."""
+    def sampler(prompts: list[list[int]], *, temperature: float, seed: int, most: int = 0) -> list[list[int]]:
+        asked.append(len(prompts))
+        if len(asked) == 1:
+            raise OSError("no memory")
+        return [[40, CLOSE]] * len(prompts)
 
-        def __init__(self, model: Path) -> None: ...
+    @contextmanager
+    def writing(context: int) -> Iterator[Sampler]:
+        contexts.append(context)
+        yield sampler
 
-        def __call__(self, prompts: list[list[int]], **_: object) -> list[list[int]]:
-            asked.append(len(prompts))
-            if len(asked) == 1:
-                raise OSError("no memory")
-            return [[40, CLOSE]] * len(prompts)
-
-    monkeypatch.setitem(sys.modules, "thinkserve.train.vllm_sample", SimpleNamespace(VllmSampler=Sampler))
     write(tmp_path / "traces.jsonl", [Trace((9,), (40, CLOSE))] * 5)
     (tmp_path / "traces.jsonl.json").write_text('{"model": "another"}')
     source, recipe = Source(tasks=3), Recipe(epochs=1)
 
     with pytest.raises(OSError, match="no memory"):
-        train(folder, tmp_path, source, recipe, print)
-    train(folder, tmp_path, source, recipe, print)
+        train(folder, tmp_path, source, recipe, print, writing)
+    train(folder, tmp_path, source, recipe, print, writing)
 
-    assert [3, 3] == asked
+    longest = max(len(trace.prompt) for trace in tasks(3, Words(folder), recipe.seed))
+    assert ([3, 3], [longest + source.most] * 2) == (asked, contexts)
     (tmp_path / "last.pt").touch()
     (tmp_path / "traces.jsonl.json").write_text('{"model": "another"}')
     with pytest.raises(BadTraces, match="unfinished training on other traces"):
-        train(folder, tmp_path, source, recipe, print)
+        train(folder, tmp_path, source, recipe, print, writing)
 
 
 def test_a_damaged_or_missing_predictor_is_told_in_a_line(tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +14,12 @@ import pytest
 
 from thinkserve.guidance.checkpoint import About, save
 from thinkserve.guidance.predictor import Predictor, Size
-from thinkserve.server import cli
+from thinkserve.server import cli, vectors_writer
 from thinkserve.server.model_dir import StartError, check_model
 from thinkserve.server.settings import Settings
 from thinkserve.server.vllm_guidance import find_predictor
 from thinkserve.steering.fingerprint import fingerprint
+from thinkserve.steering.writer import Written
 
 SIZE = Size.of(hidden=64, blocks=2, vocabulary=640)
 
@@ -72,6 +76,13 @@ def test_a_predictor_of_other_sizes_is_refused_always(model: Path, tmp_path: Pat
 
     with pytest.raises(StartError, match="another model"):
         find_predictor(Settings(budget_predictor=tmp_path / "elsewhere"), check_model(model))
+
+
+def test_an_operator_may_go_without_guidance(model: Path) -> None:
+    """Also with a predictor that no longer fits."""
+    put(model / "budget", "other weights")
+
+    assert None is find_predictor(Settings(guidance=False), check_model(model))
 
 
 def test_a_folder_that_holds_none_is_told(model: Path, tmp_path: Path) -> None:
@@ -135,3 +146,36 @@ def test_show_tells_what_is_known(
     assert "made for these weights" in out
     assert "2 layers of width 64 over 3 states of 64" in out
     assert "held out check nats" in out
+
+
+@pytest.mark.parametrize(("longest", "context"), [(100, 110), (4000, 512)])
+def test_the_engine_that_serves_writes_the_traces_in_no_more_context_than_they_need(
+    model: Path, monkeypatch: pytest.MonkeyPatch, longest: int, context: int
+) -> None:
+    """A large model's whole context may not fit into memory; an old predictor is not in the way of a new one."""
+    put(model / "budget", "other weights")
+    started: list[Settings] = []
+
+    class Writer:
+        """Closes its thinking at once."""
+
+        def write(self, prompts: Sequence[list[int]], *, temperature: float, seed: int, most: int) -> list[Written]:
+            return [Written([41, 42, 4, 43, 2], [41, 42], closed=True) for _ in prompts]
+
+    @contextmanager
+    def start(settings: Settings) -> Iterator[Writer]:
+        started.append(settings)
+        yield Writer()
+
+    monkeypatch.setattr(vectors_writer, "started", start)
+    questions = model / "questions.jsonl"
+    questions.write_text("".join(json.dumps({"prompt": [1, 50 + index] * 5}) + "\n" for index in range(6)))
+
+    status = command(
+        monkeypatch, "train", str(model), "--traces", str(questions), "--max-tokens", str(longest), "--epochs", "1"
+    )
+
+    assert (0, [(context, False, False)]) == (
+        status, [(each.max_model_len, each.guidance, each.steering) for each in started]
+    )  # fmt: skip
+    assert (model / "budget").resolve() == find_predictor(Settings(), check_model(model))
