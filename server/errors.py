@@ -64,6 +64,10 @@ class RoleFailed(EngineFailed):
         self.role = role
 
 
+class Refused(Unsupported):
+    """A model on another server refuses what it was asked, in that server's words: not for those who use this one."""
+
+
 def from_exception(exc: BaseException, request_id: str) -> ApiError:
     """What the client is told about `exc`; of a group, the mildest member that has a translation."""
     known = [error for leaf in _leaves(exc) if (error := _translate(leaf, request_id)) is not None]

@@ -2,7 +2,7 @@
 
 A stream that ends this way has a finish of its own ("ceiling", "deadline"), so the strategy decides with what it has.
 A reader that waits is woken, even if the engine says nothing; at the deadline so is whoever waits for a job to begin
-(another server may take its time) or for a score. Jobs begun afterwards end before they reach the engine.
+(another server may take its time), for a prompt or for a score. Jobs begun afterwards end before they reach the engine.
 The tokens of one engine step may pass the ceiling where several chains share it.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from asyncio import CancelledError, Task
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from types import TracebackType
@@ -19,7 +19,7 @@ from typing import Any, Literal, Self
 from anyio import CancelScope
 
 from thinkserve.strategies.around import Around, Open
-from thinkserve.strategies.engine import Delta, Engine, Finish, Job, Path, Role, Score, Stream
+from thinkserve.strategies.engine import Delta, Engine, Finish, Job, Path, Role, Score, Stream, Tokens
 from thinkserve.strategies.streams import Ended, Through
 
 End = Literal["ceiling", "deadline"]
@@ -36,6 +36,7 @@ class LimitedEngine(Around):
         self._open: set[_Limited] = set()
         self._waits: set[CancelScope] = set()
         self._ended: End | None = None
+        self._late = False
 
     def __enter__(self) -> Self:
         if self._seconds is not None:
@@ -49,12 +50,14 @@ class LimitedEngine(Around):
             self._timer.cancel()
 
     def end(self, finish: End) -> None:
-        """End all streams with this finish; the first call counts."""
+        """End all streams with this finish; the first call counts. After the deadline nothing else is waited for."""
         if self._ended is None:
             self._ended = finish
             for stream in self._open:
                 stream.wake()
-            for wait in self._waits if finish == "deadline" else ():
+        if finish == "deadline":
+            self._late = True
+            for wait in self._waits:
                 wait.cancel()
 
     def ending(self) -> End | None:
@@ -89,12 +92,18 @@ class LimitedEngine(Around):
             finally:
                 self._open.discard(limited)
 
+    async def render(self, messages: Sequence[Mapping[str, str]], role: Role = "target") -> Tokens:
+        """A chat as the role's model wants it; () once the request has ended, as a job on it ends unheard anyway."""
+        if self._ended is None:
+            with self._waiting():
+                return await super().render(messages, role)
+        return ()
+
     async def score(self, question: str, paths: Sequence[Path], role: Role = "reward") -> list[Score]:
-        """What the reward model says. Raises TimeoutError once the request has ended: there is no partial score."""
-        if self._ended is not None:
-            raise TimeoutError(self._ended)
-        with self._waiting():
-            return await super().score(question, paths, role)
+        """What the reward model says, which costs no tokens. Raises TimeoutError after the deadline."""
+        if not self._late:
+            with self._waiting():
+                return await super().score(question, paths, role)
         raise TimeoutError("deadline")
 
     @contextmanager

@@ -18,10 +18,10 @@ from typing import Literal
 import anyio
 import httpx
 
-from thinkserve.server.errors import clean
+from thinkserve.server.errors import Refused, clean
 from thinkserve.server.remote_breaker import Breaker
 from thinkserve.server.settings import RemoteSettings
-from thinkserve.strategies.errors import EngineDead, EngineFailed, Unsupported
+from thinkserve.strategies.errors import EngineDead, EngineFailed
 
 # The server works, and will never do what this request asks for.
 REFUSALS = frozenset({400, 413, 422, 501})
@@ -99,17 +99,17 @@ class RemoteHttp:
         self.breaker.failed()
         return EngineFailed(f"{self.who} {what}.")
 
-    def refused(self, status: int, said: str) -> Unsupported:
+    def refused(self, status: int, said: str) -> Refused:
         """The error to raise for a request that the server, which is well, will never serve."""
         self.breaker.succeeded()
-        return Unsupported(f"{self.who} refuses the request ({status}){_after(self.told(said))}")
+        return Refused(f"{self.who} refuses the request ({status}){_after(self.told(said))}")
 
     def told(self, text: str) -> str:
         """Words of the other side, fit to be repeated."""
         return clean(text if self._key is None else text.replace(self._key, "***"), 200)
 
     async def post(self, path: str, body: object) -> dict[str, object]:
-        """The JSON object that answers `body`. Raises Unsupported if refused, EngineFailed, EngineDead."""
+        """The JSON object that answers `body`. Raises Refused, EngineFailed, EngineDead."""
         found = await self._object("POST", path, body)
         self.breaker.succeeded()
         return found
@@ -199,7 +199,7 @@ class RemoteHttp:
         return response
 
     async def _turned_away(self, response: httpx.Response) -> _Failure:
-        """What a status other than 200 amounts to. Raises Unsupported when the request itself is refused."""
+        """What a status other than 200 amounts to. Raises Refused when the request itself is refused."""
         status, said = response.status_code, await self._said(response)
         if status in REFUSALS:
             raise self.refused(status, said)

@@ -163,11 +163,11 @@ class RemoteEngine:
         yield ResubmittedChain(self.generate, job, self._model.info)
 
     async def render(self, messages: Sequence[Mapping[str, str]], role: Role = "target") -> Tokens:
-        """A chat by the model's own template, thinking closed at once. Raises TooLong, Unsupported, EngineFailed."""
+        """A chat by the model's own template, thinking closed at once. Raises TooLong, Refused, EngineFailed."""
         return await self._model.tokenizer.closed_chat(messages, self._model.info)
 
     async def score(self, question: str, paths: Sequence[Path], role: Role = "reward") -> list[Score]:
-        """What the reward model says of each path, in one request. Raises Unsupported, EngineFailed."""
+        """What the reward model says of each path, in one request. Raises Unsupported, Refused, EngineFailed."""
         if self._model.reward is None:
             raise self._model.lacks("writes, it does not rate steps")
         return await self._model.reward.score(question, paths, self._salt)

@@ -20,8 +20,32 @@ from thinkserve.server.remote_wire import salted
 from thinkserve.server.reward_formats import FORMATS, Format, Reading
 from thinkserve.strategies.engine import Path, Score, Tokens
 
-# Texts whose tokens are remembered: questions and steps come again with every longer path.
-_REMEMBERED = 4096
+
+class Memory:
+    """The tokens of texts that were used last: questions and steps come again with every longer path.
+
+    At most `texts` of them with `tokens` in all; a text of more than `chars` characters is not kept.
+    """
+
+    def __init__(self, texts: int = 4096, tokens: int = 1 << 20, chars: int = 4096) -> None:
+        self._texts, self._tokens, self._chars = texts, tokens, chars
+        self._known: OrderedDict[str, Tokens] = OrderedDict()
+        self._size = 0
+
+    def find(self, text: str) -> Tokens | None:
+        """The tokens of a text; None if they are not known (any more)."""
+        if text in self._known:
+            self._known.move_to_end(text)
+        return self._known.get(text)
+
+    def keep(self, text: str, tokens: Tokens) -> None:
+        """Remember the tokens of a text, and forget what has not been used for longest."""
+        if len(text) > self._chars:
+            return
+        self._size += len(tokens) - len(self._known.pop(text, ()))
+        self._known[text] = tokens
+        while len(self._known) > self._texts or self._size > self._tokens:
+            self._size -= len(self._known.popitem(last=False)[1])
 
 
 class RemoteReward:
@@ -38,12 +62,12 @@ class RemoteReward:
         self._begin = begin
         self._tokenizer = tokenizer
         self._local = encode
-        self._known: OrderedDict[str, Tokens] = OrderedDict()
+        self._memory = Memory()
 
     async def score(self, question: str, paths: Sequence[Path], salt: str | None = None) -> list[Score]:
         """Per path the rewards of its steps after the known ones; NaN for steps beyond the context.
 
-        Raises Unsupported, EngineFailed.
+        Raises Refused, EngineFailed.
         """
         whole = await self._readings(question, paths)
         readings = [reading.within(self._context) for reading in whole]
@@ -110,12 +134,10 @@ class RemoteReward:
         return await self._remember(f"\0{question}", lambda _: self._tokenizer.chat(messages))
 
     async def _remember(self, text: str, ask: Callable[[str], Awaitable[Tokens]]) -> Tokens:
-        tokens = self._known.get(text)
+        tokens = self._memory.find(text)
         if tokens is None:
-            tokens = self._known[text] = await ask(text)
-        self._known.move_to_end(text)
-        while len(self._known) > _REMEMBERED:
-            self._known.popitem(last=False)
+            tokens = await ask(text)
+            self._memory.keep(text, tokens)
         return tokens
 
 

@@ -44,7 +44,7 @@ class RemoteTokenizer:
         self._words: dict[int, str] = {}
 
     async def encode(self, text: str) -> Tokens:
-        """Token ids of plain text; no special tokens are added. Raises EngineFailed, Unsupported."""
+        """Token ids of plain text; no special tokens are added. Raises EngineFailed, Refused."""
         return await self._tokens({"prompt": text, "add_special_tokens": False})
 
     async def chat(self, messages: Sequence[Mapping[str, str]], thinking: bool | None = None) -> Tokens:

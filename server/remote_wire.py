@@ -18,6 +18,8 @@ Pairs = tuple[tuple[int, float], ...]
 
 _PLACEHOLDER = "token_id:"
 _LEAST = -9999.0
+# What rounding may leave above the logarithm of 1.
+_MOST = 1e-3
 
 
 class Malformed(ValueError):
@@ -90,7 +92,7 @@ def chunk(data: bytes, job: Job, vocab_size: int) -> Chunk:
     if (error_body := found.get("error")) is not None:
         named = error_body if isinstance(error_body, dict) else {"message": error_body}
         return Chunk(error=str(named.get("message")), code=_count(named.get("code")) or 0)
-    generated, cached = _usage(found.get("usage"))
+    generated, cached = _usage(found.get("usage"), len(job.prompt))
     match found.get("choices"):
         case []:
             return Chunk(generated=generated, cached=cached)
@@ -109,12 +111,13 @@ def ids(found: object, vocab_size: int = 0) -> Tokens:
     return tuple(found)
 
 
-def _usage(found: object) -> tuple[int, int | None]:
+def _usage(found: object, prompt: int) -> tuple[int, int | None]:
+    """Tokens generated, and found in the cache: no more than the prompt has."""
     if not isinstance(found, dict):
         return 0, None
     details = found.get("prompt_tokens_details")
-    cached = details.get("cached_tokens") if isinstance(details, dict) else None
-    return _count(found.get("completion_tokens")) or 0, _count(cached)
+    cached = _count(details.get("cached_tokens")) if isinstance(details, dict) else None
+    return _count(found.get("completion_tokens")) or 0, None if cached is None else min(cached, prompt)
 
 
 def _count(found: object) -> int | None:
@@ -157,6 +160,7 @@ def _token(name: str) -> int:
 
 
 def _number(found: object) -> float:
-    if isinstance(found, bool) or not isinstance(found, int | float):
-        raise Malformed("sent a log-probability that is no number")
+    """A log-probability. NaN is in no range; a whole number may be too large for a float until it has been compared."""
+    if isinstance(found, bool) or not isinstance(found, int | float) or not -math.inf < found <= _MOST:
+        raise Malformed("sent something that is no log-probability")
     return -math.inf if found <= _LEAST else float(found)

@@ -22,12 +22,14 @@ from typing import Any, cast
 import anyio
 
 from thinkserve.server.deployment import Deployment, Remote
-from thinkserve.server.errors import RoleDown, RoleFailed
+from thinkserve.server.errors import Refused, RoleDown, RoleFailed
 from thinkserve.server.plan import Backend, Rendered, ServedModel
 from thinkserve.server.settings import RemoteSettings, Settings
 from thinkserve.server.vectors import VectorRegistry
+from thinkserve.strategies.around import AroundChain
 from thinkserve.strategies.engine import (
     Chain,
+    Control,
     Delta,
     Detokenizer,
     Engine,
@@ -44,6 +46,8 @@ from thinkserve.strategies.errors import EngineDead, EngineFailed, Unsupported
 from thinkserve.strategies.streams import Through
 
 logger = logging.getLogger("thinkserve")
+
+Blamed = Callable[[], AbstractContextManager[None]]
 
 
 async def create(settings: Settings, deployment: Deployment) -> Roles:
@@ -147,7 +151,7 @@ class Roles:
 class RoledEngine:
     """The Engine of one request: hands on what is asked of a role to that role's model."""
 
-    __slots__ = ("_engines", "_id", "_models", "_salt", "_target")
+    __slots__ = ("_engines", "_id", "_models", "_noted", "_salt", "_target")
 
     def __init__(self, target: Engine, models: Mapping[Role, ServedModel], request_id: str, salt: str | None) -> None:
         self._target = target
@@ -155,6 +159,7 @@ class RoledEngine:
         self._id = request_id
         self._salt = salt
         self._engines: dict[Role, Engine] = {}
+        self._noted: set[tuple[Role, str]] = set()
 
     def info(self, role: Role = "target") -> ModelInfo:
         """Facts about the role's model. Raises Unsupported when there is none."""
@@ -181,8 +186,12 @@ class RoledEngine:
         return self._target.chain(job) if job.role == "target" else self._chain(job)
 
     async def render(self, messages: Sequence[Mapping[str, str]], role: Role = "target") -> Tokens:
-        """A chat as the role's model wants it."""
-        return await self._engine(role).render(messages)
+        """A chat as the role's model wants it. Raises TooLong, Unsupported, EngineFailed."""
+        if role == "target":
+            return await self._target.render(messages)
+        async with self._up(role) as engine:
+            with self._blamed(role):
+                return await engine.render(messages)
 
     async def score(self, question: str, paths: Sequence[Path], role: Role = "reward") -> list[Score]:
         """What the reward model says of each path. Raises Unsupported, EngineFailed."""
@@ -192,15 +201,15 @@ class RoledEngine:
 
     @asynccontextmanager
     async def _generate(self, job: Job) -> AsyncIterator[Stream]:
-        async with self._up(job.role) as engine, AsyncExitStack() as stack:
-            with self._blamed(job.role):
-                stream = await stack.enter_async_context(engine.generate(replace(job, role="target")))
-            yield _Helping(stream, partial(self._blamed, job.role))
+        async with self._up(job.role) as engine:
+            opened = engine.generate(replace(job, role="target"))
+            async with _helping(opened, partial(self._blamed, job.role)) as stream:
+                yield stream
 
     @asynccontextmanager
     async def _chain(self, job: Job) -> AsyncIterator[Chain]:
         async with self._up(job.role) as engine, engine.chain(replace(job, role="target")) as chain:
-            yield chain
+            yield _HelpingChain(chain, partial(self._blamed, job.role))
 
     @asynccontextmanager
     async def _up(self, role: Role) -> AsyncIterator[Engine]:
@@ -213,18 +222,25 @@ class RoledEngine:
             # What passes through here may also be the target's end.
             if model.alive:
                 raise
+            self._note(role, error)
             raise RoleDown(role) from error
 
     @contextmanager
     def _blamed(self, role: Role) -> Iterator[None]:
-        """That a model gives up is told as its role's failure, why to the log; that it is gone, `_up` tells."""
+        """That a model gives up or refuses is told as its role's failure, why to the log; that it is gone, by `_up`."""
         try:
             yield
         except EngineDead:
             raise
-        except EngineFailed as error:
-            logger.warning("request %s: the model of the role %s failed: %s", self._id, role, error)
+        except (EngineFailed, Refused) as error:
+            self._note(role, error)
             raise RoleFailed(role) from error
+
+    def _note(self, role: Role, error: EngineFailed | Refused) -> None:
+        # A search asks a helper that fails again and again.
+        if (role, str(error)) not in self._noted:
+            self._noted.add((role, str(error)))
+            logger.warning("request %s: the model of the role %s failed: %s", self._id, role, error)
 
     def _engine(self, role: Role) -> Engine:
         if role == "target":
@@ -237,12 +253,33 @@ class RoledEngine:
         return self._engines[role]
 
 
+@asynccontextmanager
+async def _helping(opened: AbstractAsyncContextManager[Stream], blamed: Blamed) -> AsyncIterator[Stream]:
+    async with AsyncExitStack() as stack:
+        with blamed():
+            stream = await stack.enter_async_context(opened)
+        yield _Helping(stream, blamed)
+
+
+class _HelpingChain(AroundChain):
+    """The chain of a helper."""
+
+    def __init__(self, inner: Chain, blamed: Blamed) -> None:
+        super().__init__(inner)
+        self._blamed = blamed
+
+    def segment(
+        self, max_tokens: int, until: Tokens = (), controls: tuple[Control, ...] | None = None
+    ) -> AbstractAsyncContextManager[Stream]:
+        return _helping(self._inner.segment(max_tokens, until, controls), self._blamed)
+
+
 class _Helping(Through):
     """The stream of a helper: its failures are told from the target's."""
 
     __slots__ = ("_blamed",)
 
-    def __init__(self, inner: Stream, blamed: Callable[[], AbstractContextManager[None]]) -> None:
+    def __init__(self, inner: Stream, blamed: Blamed) -> None:
         super().__init__(inner)
         self._blamed = blamed
 

@@ -57,6 +57,7 @@ async def run(task: Task, engine: Engine, emit: Emit, options: BeamOptions) -> A
         ranked = sorted(slots([step for step in steps if step.open]), key=tree.value, reverse=True)
         kept = ranked[: -(-len(ranked) // options.m)]
         for node in dict.fromkeys(ranked[len(kept) :]):
-            await tree.prune(node, "beam")
+            if node not in kept:
+                await tree.prune(node, "beam")
         beams = list(islice(cycle(kept), len(ranked)))
     return await conclude(tree, slots(leaves), beams, options.select)

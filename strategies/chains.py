@@ -50,10 +50,15 @@ class Lane:
         return phases.length if phases.opened else len(self.transcript.tokens)
 
     @property
+    def complete(self) -> bool:
+        """Whether the text has come to its own end."""
+        return self.finish in {"stop", "repetition"}
+
+    @property
     def done_thinking(self) -> bool:
         """Whether the think block, be it empty, is closed; without a block, whether the text has come to its end."""
         phases = self.transcript.phases
-        return phases.closed or (not phases.opened and self.finish in {"stop", "repetition"})
+        return phases.closed or (not phases.opened and self.complete)
 
     @property
     def finished(self) -> bool:

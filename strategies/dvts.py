@@ -2,7 +2,7 @@
 
     n / m subtrees, each begun by m continuations of the root
     every subtree by itself: keep the best of its m steps, write m continuations of it, until the best one is complete
-    the complete solutions among the last m of every subtree vote, or the best of them answers
+    the complete solutions among the last m of every subtree vote, or the best of them answers; without any, all do
 
 Subtrees share nothing, so a reward model that is fooled in one does not narrow the others. After the first step they
 also run at their own pace: none waits for another's slowest step.
@@ -75,7 +75,8 @@ async def run(task: Task, engine: Engine, emit: Emit, options: DvtsOptions) -> A
     for branch in branches:
         tree.join(branch)
     leaves = [node for subtree in subtrees for node in subtree.last if node.terminal]
-    return await conclude(tree, leaves, [subtree.best for subtree in subtrees], options.select)
+    # A limit may strike while every subtree goes on behind something better.
+    return await conclude(tree, leaves or tree.solutions, [subtree.best for subtree in subtrees], options.select)
 
 
 class Subtree:
@@ -89,7 +90,9 @@ class Subtree:
     async def grow(self, tree: Tree) -> None:
         """Go on from the best step until it is complete, or nothing more can be written."""
         while True:
-            self.best = max(self.last, key=tree.value)
+            # Nothing follows a dead end, however good it is.
+            alive = [node for node in self.last if node.terminal or node.open]
+            self.best = max(alive or self.last, key=tree.value)
             steps = await tree.expand({self.best: self._width}) if self.best.open else []
             if not steps:
                 return

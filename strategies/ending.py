@@ -51,23 +51,27 @@ class Thought:
     def __init__(self, modified: Modified, job: Job, sentence: str | None) -> None:
         self.job, self.info = job, modified.info()
         self._modified = modified
-        self._phases = Phases(self.info, modified.task.phase)
         known = len(modified.task.prompt)
         # What the chain holds already, where a job goes on with it; it may be in its answer.
         self.before = job.prompt[known:] if job.prompt[:known] == modified.task.prompt else ()
-        self._phases.push(self.before)
+        self._stand(self.before)
         self._start = self._phases.length
         small = self.info.context < FULL_CONTEXT
         self._sentence = ("" if small else SENTENCE) if sentence is None else sentence
-        self._sentences = Sentences(modified)
-        self._sentences.ended(self.before[-LINE_END:])
-        self._tail = self._sentences.text[-2:]
         self._ending: Ending | None = None
         self._decided, self._longest_sentence = 0, scaled(256, self.info.context)
         self._news: list[Event] = []
-        self.over = self._phases.closed or modified.task.phase == "answer"
         # How long the thinking was when it was led to its conclusion.
         self.began: int | None = None
+
+    def _stand(self, text: Tokens) -> None:
+        """Take up where the chain stands: behind this text."""
+        phase = self._modified.task.phase
+        self._phases, self._sentences = Phases(self.info, phase), Sentences(self._modified)
+        self._phases.push(text)
+        self._sentences.ended(text[-LINE_END:])
+        self._tail = self._sentences.text[-2:]
+        self.over = self._phases.closed or phase == "answer"
 
     @property
     def decided(self) -> bool:
@@ -112,6 +116,10 @@ class Thought:
         if self._phases.closed:
             self.close()
 
+    def drop(self, left: Tokens) -> None:
+        """Of what the chain wrote only this is left; its end of thinking may be among what is not."""
+        self._stand(self.before + left)
+
     def push(self, delta: Delta, room: int) -> Splice | None:
         """Look at what the model wrote, and cut in where it is time to."""
         if self.over:
@@ -121,8 +129,8 @@ class Thought:
             self.inject(delta.tokens)
             return None
         for at, token in enumerate(delta.tokens):
-            ended = self._sentences.ended((token,))
-            if ended and self._ending and (splice := self._splice(self._ending, at, room)):
+            ended, ending = self._sentences.ended((token,)), self._pending(delta.tokens[at:])
+            if ended and ending and (splice := self._splice(ending, at, room)):
                 return splice
             self._phases.push((token,))
             self._tail = (self._tail + self._sentences.text)[-2:]
@@ -131,9 +139,14 @@ class Thought:
                 return None
             if self._phases.phase == "thinking":
                 self.take(token, self._sentences.text)
-            if self._ending and self._now(self._ending) and (splice := self._splice(self._ending, at + 1, room)):
+            ending = self._pending(delta.tokens[at + 1 :])
+            if ending and self._now(ending) and (splice := self._splice(ending, at + 1, room)):
                 return splice
         return None
+
+    def _pending(self, dropped: Tokens) -> Ending | None:
+        """The ending to carry out if it would drop these tokens; none if they hold a closing tag, or begin one."""
+        return None if self._ending is None or self.info.think_close[0] in dropped else self._ending
 
     def _now(self, ending: Ending) -> bool:
         return ending.at_once or self.length - self._decided >= self._longest_sentence

@@ -89,11 +89,16 @@ async def run(task: Task, engine: Engine, emit: Emit, options: ParticleOptions) 
         if kind != "self":
             await tree.score(steps)
         particles = [node for node in particles if not node.open] + slots(steps)
+        if tree.ended is None:
+            # A dead end is no sample, unless there is nothing else.
+            particles = [node for node in particles if node.terminal or node.open] or particles
         weights = normalised([potential(node) for node in particles])
         if weights and effective(weights) < options.threshold * len(particles):
             particles = await _resampled(tree, particles, systematic(weights, len(particles), rng.random()))
-    weight = dict(zip(particles, normalised([potential(node) for node in particles]), strict=True))
-    leaves = [node for node in particles if node.terminal]
+    # A limit may strike when every solution has been resampled away.
+    weighed = particles if any(node.terminal for node in particles) else tree.solutions or particles
+    weight = dict(zip(weighed, normalised([potential(node) for node in weighed]), strict=True))
+    leaves = [node for node in weighed if node.terminal]
     return await conclude(tree, leaves, particles, options.select, weight=lambda node: weight.get(node, 0.0))
 
 

@@ -17,15 +17,18 @@ samples is its confidence. Both factors are then known at once, and there is no 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from math import exp, isnan, log, sqrt
 
 from pydantic import Field
 
-from thinkserve.strategies.engine import Answer, Emit, Engine, Event, Task
+from thinkserve.strategies.around import Around, Open
+from thinkserve.strategies.engine import Answer, Delta, Emit, Engine, Event, Job, Stream, Task
 from thinkserve.strategies.errors import LOST, EngineDead
 from thinkserve.strategies.registry import Supports, strategy
 from thinkserve.strategies.rewards import mean
+from thinkserve.strategies.streams import Through
 from thinkserve.strategies.text import answer_of, final_number
 from thinkserve.strategies.together import together
 from thinkserve.strategies.tree import Tree
@@ -85,7 +88,7 @@ class Plan:
         self.actions: dict[Node, Sequence[Node]] = {}
         self.noted: dict[Node, list[float]] = {}
         self._tree, self._options = tree, options
-        self._verifier = Verifier(tree.engine, tree.task.question)
+        self._verifier = Verifier(_Asked(tree), tree.task.question)
 
     async def iterate(self) -> None:
         """Select, roll out, back up."""
@@ -146,7 +149,40 @@ class Plan:
         except LOST as error:
             tree.warn(f"a step was not judged: {error}")
             return UNDECIDED
-        return UNDECIDED if isnan(odds) else 1 / (1 + exp(-odds))
+        return UNDECIDED if isnan(odds) else chance(odds)
+
+
+class _Asked(Around):
+    """What the verifier is asked through: a question that the end of the request cuts off ends the search."""
+
+    def __init__(self, tree: Tree) -> None:
+        super().__init__(tree.engine)
+        self._tree = tree
+
+    @asynccontextmanager
+    async def watch(self, open: Open, job: Job) -> AsyncIterator[Stream]:
+        async with open(job) as stream:
+            yield _Heard(stream, self._tree)
+
+
+class _Heard(Through):
+    __slots__ = ("_tree",)
+
+    def __init__(self, inner: Stream, tree: Tree) -> None:
+        super().__init__(inner)
+        self._tree = tree
+
+    async def __anext__(self) -> Delta:
+        delta = await super().__anext__()
+        if delta.finish in {"ceiling", "deadline"}:
+            self._tree.ended = delta.finish
+        return delta
+
+
+def chance(odds: float) -> float:
+    """The probability that has these log-odds (nats), however large they are."""
+    power = exp(-abs(odds))
+    return (1.0 if odds >= 0 else power) / (1 + power)
 
 
 def agreement(steps: Sequence[Node]) -> dict[Node, float]:

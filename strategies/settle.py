@@ -49,9 +49,11 @@ def _reason(verdict: Verdict, voters: int, weighted: bool) -> str:
 async def settle(race: Race, members: Sequence[Lane], wanted: int, choose: Choose = by_vote) -> Answer:
     """Let `choose` decide among `members` (of `wanted`), emit the winner's pieces, and say why.
 
-    Without members, it decides among chains whose answer was cut short; without such, the longest is made to answer.
+    Of the members those decide whose answer is complete: half of one may read as another. Without any, those whose
+    answer was cut short decide; without members all such chains; without such, the longest is made to answer.
     """
-    voters = members or [lane for lane in race.left() if lane.transcript.answer]
+    voters = [lane for lane in members if lane.complete] or members
+    voters = voters or [lane for lane in race.left() if lane.transcript.answer]
     if not voters and (room := _room(race)):
         return await _force(race, _longest(race), room)
     choice = await _choose(race, voters, choose)

@@ -36,7 +36,7 @@ from thinkserve.strategies.registry import Options, Supports, strategy
 from thinkserve.strategies.scale import FULL_CONTEXT, scaled
 from thinkserve.strategies.single import STOPPED_BY
 from thinkserve.strategies.streams import growing, whole
-from thinkserve.strategies.text import rfind
+from thinkserve.strategies.text import before
 
 BLANK = "\n\n"
 CUE = "Let me check whether there is a wrong step so far."
@@ -161,8 +161,7 @@ class _Chain:
             # A statement; or the guide is lost, and the target's own words are all there is.
             keep = self._options.commit_peek or not self._guided or peek.finish in {"ceiling", "deadline"}
             return await self._keep_statement(peek) if keep else False
-        agree = self._label(draft) == self._label(peek)
-        kept = peek if agree and not self._options.choose_large else draft
+        kept = peek if not self._options.choose_large and self._label(draft) == self._label(peek) else draft
         await self._keep(kept, "target" if kept is peek else "guide")
         self._doubts += self._label(kept) == "reflection"
         if self._watched() and hits(self._engine.decode(kept.tokens), self._options.verification):
@@ -201,7 +200,7 @@ class _Chain:
         """Commit the target's peek up to its first blank line, where it would have stopped; whether there is one."""
         decoder, text, size = self._engine.detokenizer(), "", 0
         # One that closes the thinking has nowhere to stop: a blank line in it may be of a modifier's words.
-        closed = rfind(peek.tokens, self._info.think_close) >= 0
+        closed = before(peek.tokens, self._info.think_close) != peek.tokens
         while size < len(peek.tokens) and (closed or BLANK not in text):
             text += decoder.push(peek.tokens[size : size + 1])
             size += 1
@@ -297,4 +296,5 @@ class _Chain:
         return self._info.reasons and self._label(peek) == "statement"
 
     def _label(self, delta: Delta) -> Label:
-        return label(self._engine.decode(delta.tokens), self._options.reflection, self._options.affirmation)
+        thought = self._engine.decode(before(delta.tokens, self._info.think_close))
+        return label(thought, self._options.reflection, self._options.affirmation)

@@ -46,6 +46,10 @@ class Watcher(Protocol):
         """What the strategy put into its chain itself."""
         ...
 
+    def drop(self, left: Tokens) -> None:
+        """What is left behind the job's prompt where the strategy, or a modifier above, has dropped the rest."""
+        ...
+
     def news(self) -> Sequence[Event]:
         """What there is to tell since the last call."""
         ...
@@ -106,9 +110,13 @@ class _Chain(AroundChain):
         super().inject(tokens)
         self.watcher.inject(tokens)
 
+    def drop(self, count: int) -> None:
+        super().drop(count)
+        self.watcher.drop(self.tokens)
+
     def splice(self, dropped: int, tokens: Tokens) -> None:
         """Put tokens of ours in the place of the last ones, unseen by the watcher."""
-        self.drop(dropped)
+        super().drop(dropped)
         super().inject(tokens)
 
     @asynccontextmanager

@@ -17,7 +17,7 @@ from typing import Any
 import anyio
 from anyio.lowlevel import checkpoint
 
-from thinkserve.strategies.chain import ResubmittedChain
+from thinkserve.strategies.chain import ResubmittedChain, successor
 from thinkserve.strategies.engine import (
     Answer,
     Chain,
@@ -126,7 +126,7 @@ class ScriptedEngine:
         return _ByteDecoder()
 
     def generate(self, job: Job) -> AbstractAsyncContextManager[Stream]:
-        """Write the next script, or go on with the script of the job that this one continues (same role and seed)."""
+        """Write the next script, or go on with that of the job that this one continues (role, its seed or the next)."""
         return self._stream(job, None)
 
     @asynccontextmanager
@@ -218,7 +218,8 @@ class ScriptedEngine:
 
     def _origin(self, job: Job, index: int | None) -> ScriptedStream | None:
         def continues(old: ScriptedStream) -> bool:
-            same = (job.seed is not None and job.seed == old.job.seed) if index is None else old.index == index
+            known = job.seed is not None and job.seed in (old.job.seed, successor(old.job.seed))
+            same = known if index is None else old.index == index
             longer = len(job.prompt) > len(old.job.prompt) and job.prompt[: len(old.job.prompt)] == old.job.prompt
             return same and longer and job.role == old.job.role
 

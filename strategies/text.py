@@ -86,6 +86,13 @@ def rfind(tokens: Tokens, wanted: Tokens) -> int:
     return next((at for at in starts if tokens[at : at + width] == wanted), -1)
 
 
+def before(tokens: Tokens, wanted: Tokens) -> Tokens:
+    """The tokens up to the first occurrence of `wanted`; all of them where there is none."""
+    width = len(wanted)
+    starts = range(len(tokens) - width + 1) if width else range(0)
+    return tokens[: next((at for at in starts if tokens[at : at + width] == wanted), len(tokens))]
+
+
 def last_tags(info: ModelInfo, tokens: Tokens) -> tuple[int, int]:
     """Where thinking was last opened and last closed in `tokens`: indices of the tags, -1 where there is none."""
     return rfind(tokens, info.think_open), rfind(tokens, info.think_close)
@@ -142,14 +149,14 @@ _BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 
 
 def final_number(text: str) -> str | None:
-    """The last number: sign, thousands separators, decimals, exponent, fraction and percent sign included."""
+    """The last number: sign, thousands separators, decimals, exponent, (mixed) fraction and percent sign included."""
     found = _NUMBER.findall(text[-TAIL_WINDOW:])
-    return "".join(found[-1].split()).replace("$", "") if found else None
+    return re.sub(r"(?<!\d)\s|\s(?!\d)|\$", "", found[-1]) if found else None
 
 
 # A sign counts only where it cannot be an operator: "10-5" ends in 5.
 _NUMBER = re.compile(
-    r"(?<![\w.])[-+\u2212]?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:(?<=\d)(?:\.\d+)?|\.\d+)"
+    r"(?<![\w.])[-+\u2212]?\$?(?:\d+[ ](?=\d+/\d))?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:(?<=\d)(?:\.\d+)?|\.\d+)"
     r"(?:[eE][-+]?\d{1,4}(?!\d))?(?:[ ]?/[ ]?\d+)?(?:[ ]?\\?%)?"
 )
 

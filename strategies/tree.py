@@ -23,7 +23,7 @@ from thinkserve.strategies.rewards import RewardOptions, aggregated, cleaned, so
 from thinkserve.strategies.single import STOPPED_BY
 from thinkserve.strategies.together import together
 from thinkserve.strategies.tree_budget import Limits, Spent, answer_room
-from thinkserve.strategies.tree_node import Node
+from thinkserve.strategies.tree_node import Node, slots
 from thinkserve.strategies.tree_write import Allowance, Draft, Writer
 
 GREEDY = "greedy sampling makes all proposals equal; each node gets one"
@@ -54,6 +54,8 @@ class Tree:
         self.blind = False
         self.root = Node(0, None, task.seed, left=limits.path)
         self.nodes = [self.root]
+        # What kept this search, or a branch of it, from going on.
+        self._refused: str | None = None
         self._rewards = rewards
         self._writer = Writer(task, engine, logprobs=logprobs)
         self._numbers = count(1)
@@ -66,13 +68,18 @@ class Tree:
     @property
     def over(self) -> str | None:
         """Why the search may not go on: the request has ended, one of its own limits is reached, rewards are lost."""
-        return self.ended or self.spent.over(self.limits) or ("rewards" if self.blind else None)
+        return self.ended or self._refused or self.spent.over(self.limits) or ("rewards" if self.blind else None)
 
     @property
     def ends(self) -> list[Node]:
         """Nodes behind which nothing has been written, though it may have been tried."""
         inner = {node.parent for node in self.nodes}
         return [node for node in self.nodes if node not in inner]
+
+    @property
+    def solutions(self) -> list[Node]:
+        """All complete solutions, passed over or not, each as often as it was written."""
+        return slots([node for node in self.nodes if node.terminal])
 
     def value(self, node: Node) -> float:
         """The rewards of a path as one number."""
@@ -92,6 +99,7 @@ class Tree:
 
     def join(self, other: Tree) -> None:
         """Take in what a branch has spent and how it ended."""
+        self._refused = self._refused or other._refused
         self.spent.add(other.spent)
         self.warnings += [text for text in other.warnings if text not in self.warnings]
         self.ended, self.blind = self.ended or other.ended, self.blind or other.blind
@@ -108,7 +116,8 @@ class Tree:
 
         A proposal that fails is a warning. Raises EngineDead, and EngineFailed when all proposals of the root fail.
         """
-        if self.over:
+        if over := self.over:
+            self._refused = over
             return []
         left = self.limits.tokens - self.limits.reserve - self.spent.tokens
         drafts = self._drafts(counts)[:left]
@@ -133,8 +142,8 @@ class Tree:
             return
         try:
             scores = await self.engine.score(self.task.question, [Path(n.path, len(n.rewards)) for n in wanted])
-        except TimeoutError as error:
-            self.ended = "ceiling" if str(error) == "ceiling" else "deadline"
+        except TimeoutError:
+            self.ended = "deadline"
             return
         except LOST as error:
             self.warn(self._rewards.lose(error))
@@ -215,7 +224,7 @@ class Tree:
             self.spent.tokens += sum(draft.generated for draft in drafts)
 
     async def _children(self, drafts: Sequence[Draft]) -> list[Node]:
-        kept: dict[tuple[Node, str, bool], Node] = {}
+        kept: dict[tuple[Node, str, bool, bool], Node] = {}
         for draft in drafts:
             if draft.finish in {"ceiling", "deadline"}:
                 self.ended = draft.finish
@@ -225,7 +234,7 @@ class Tree:
             elif (node := self._node(draft)) is not None:
                 told = {"node": node.id, "parent": draft.parent.id, "depth": node.depth, "tokens": len(draft.tokens)}
                 await self.emit(Event("node.created", None, told))
-                first = kept.setdefault((draft.parent, node.text, node.terminal), node)
+                first = kept.setdefault((draft.parent, node.text, node.terminal, node.open), node)
                 if first is not node:
                     first.count += 1
                     await self.prune(node, "duplicate")
@@ -245,7 +254,7 @@ class Tree:
             draft.own,
             steps,
             parent.length + size,
-            parent.left - size,
+            0 if draft.dead else parent.left - size,
             draft.terminal,
             draft.finish,
         )

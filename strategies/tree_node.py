@@ -15,7 +15,8 @@ from thinkserve.strategies.engine import Delta, Finish, Tokens
 class Node:
     """One step: what was written (`own`), its text cut into steps, and where it hangs.
 
-    `length` counts the tokens from the prompt to the end of this node, `left` those that the chain may still have.
+    `length` counts the tokens from the prompt to the end of this node, `left` those that the chain may still have: none
+    behind a dead end, which is what ends inside its thinking.
     `rewards` are those of all steps of the path, `count` is how many proposals wrote this same text. `terminal`: the
     solution is complete. `finish` says how the step ended; "stop" of an open node is the blank line.
     """

@@ -3,13 +3,15 @@
 write until a blank line, the end of the sequence, or the cap of a step
 a step of white space only: go on, it belongs to the next
 a step that closes the thinking: go on to the end of the sequence, so that the answer is part of it
+an end of the sequence inside the thinking: a dead end, no solution
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from thinkserve.strategies.engine import Delta, Engine, Finish, Job, Task, Tokens, chain_seed
+from thinkserve.strategies.chain import successor
+from thinkserve.strategies.engine import Delta, Engine, Finish, Job, Task, Tokens
 from thinkserve.strategies.errors import EngineDead, EngineFailed
 from thinkserve.strategies.text import Phases
 from thinkserve.strategies.tree_node import Node
@@ -22,7 +24,10 @@ GOES_ON: frozenset[Finish] = frozenset({"stop", "length"})
 
 @dataclass(slots=True)
 class Draft:
-    """A proposal below `parent` while it is written. `generated` is final once its streams have been left."""
+    """A proposal below `parent` while it is written. `generated` is final once its streams have been left.
+
+    `terminal`: it completes the solution; `dead`: it has come to its end inside its thinking, without an answer.
+    """
 
     parent: Node
     seed: int | None
@@ -32,6 +37,7 @@ class Draft:
     generated: int = 0
     finish: Finish = "stop"
     terminal: bool = False
+    dead: bool = False
     error: EngineFailed | None = None
 
     def take(self, delta: Delta) -> None:
@@ -82,7 +88,7 @@ class Writer:
                 text = await self._read(
                     draft, replace(job, thinking_budget=self._thinking(phases, allowance, room)), phases
                 )
-                if self._complete(draft, text, step) or draft.finish not in GOES_ON:
+                if self._ended(draft, text, step, phases) or draft.finish not in GOES_ON:
                     break
                 if phases.closed and not closed:
                     step = None
@@ -99,8 +105,8 @@ class Writer:
             written=len(before) + len(draft.tokens),
             max_tokens=room,
             sampling=self._task.sampling,
-            # The same seed would draw the same random numbers again; indices from 0 on are those of its children.
-            seed=chain_seed(draft.seed, -number) if draft.seed is not None and number else draft.seed,
+            # Indices from 0 on are those of its children.
+            seed=successor(draft.seed, -number) if number else draft.seed,
             stop=() if step is None else (STEP,),
             logprobs=self._logprobs,
         )
@@ -128,8 +134,10 @@ class Writer:
             draft.generated += 0 if stream is None else stream.generated
         return self._engine.decode(draft.tokens[start:])
 
-    def _complete(self, draft: Draft, text: str, step: int | None) -> bool:
-        """Whether the solution is: by its end token or a stop string of the caller's, not by a blank line."""
-        ended = bool(draft.tokens) and draft.tokens[-1] in self._info.eos
-        draft.terminal = draft.finish == "stop" and (ended or step is None or STEP not in text)
-        return draft.terminal
+    def _ended(self, draft: Draft, text: str, step: int | None, phases: Phases) -> bool:
+        """Whether nothing follows: by the end token or a stop string of the caller's, not by a blank line."""
+        last = bool(draft.tokens) and draft.tokens[-1] in self._info.eos
+        ended = draft.finish == "stop" and (last or step is None or STEP not in text)
+        draft.dead = ended and phases.phase == "thinking"
+        draft.terminal = ended and not draft.dead
+        return ended

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import select
 import subprocess
@@ -35,10 +36,16 @@ class Worker:
         with self._lock:
             return self._ready()
 
-    def ask(self, question: Any, time_limit: float) -> bool | None:
-        """The process's answer; None, and the process is killed, when it takes longer or dies."""
+    def ask(self, question: Any, time_limit: float, until: float = math.inf) -> bool | None:
+        """The process's answer; None, and the process is killed, when it takes longer (seconds) or dies.
+
+        Nobody waits for it after `until` (on the monotonic clock): None as well, and what has not been asked never is.
+        """
         with self._lock:
-            return self._exchange(question, time_limit) if self._ready() else None
+            if time.monotonic() >= until or not self._ready():
+                return None
+            left = min(time_limit, until - time.monotonic())
+            return self._exchange(question, left) if left > 0 else None
 
     def stop(self) -> None:
         """Kill the process, if there is one, and reap it; whoever waits for its answer gets None."""

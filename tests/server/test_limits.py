@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 import anyio
@@ -13,7 +13,7 @@ from anyio.lowlevel import checkpoint
 from thinkserve.server.answer_stops import AnswerStops
 from thinkserve.server.limits import LimitedEngine
 from thinkserve.strategies import registry
-from thinkserve.strategies.engine import Engine, Finish, Job, Path, Role, Score, Stream, Task
+from thinkserve.strategies.engine import Engine, Finish, Job, Path, Role, Score, Stream, Task, Tokens
 from thinkserve.strategies.testing import Recorder, ScriptedEngine
 
 pytestmark = pytest.mark.anyio
@@ -142,13 +142,17 @@ async def test_there_is_no_score_after_the_end() -> None:
 
 
 class Slow(ScriptedEngine):
-    """Another server's model, which takes its time to begin a job and to score."""
+    """Another server's model, which takes its time to begin a job, to render and to score."""
 
     @asynccontextmanager
     async def generate(self, job: Job) -> AsyncIterator[Stream]:
         await anyio.sleep(3600)
         async with super().generate(job) as stream:
             yield stream
+
+    async def render(self, messages: Sequence[Mapping[str, str]], role: Role = "target") -> Tokens:
+        await anyio.sleep(3600)
+        return await super().render(messages, role)
 
     async def score(self, question: str, paths: Sequence[Path], role: Role = "reward") -> list[Score]:
         await anyio.sleep(3600)
@@ -164,15 +168,76 @@ async def test_the_deadline_ends_the_wait_for_a_job_and_for_a_score() -> None:
         await limited.score("why?", [Path(("a",))])
 
 
-async def test_the_ceiling_lets_a_score_come_that_has_been_asked_for() -> None:
-    """It costs no tokens, and what was written before the ceiling is worth ranking."""
+async def test_the_deadline_ends_the_wait_for_a_prompt() -> None:
+    """There is none then; a job on it ends as any other does."""
+    engine, chat = Slow(["a"]), [{"role": "user", "content": "Yes?"}]
+    with anyio.fail_after(2), LimitedEngine(engine, None, 0.05) as limited:
+        assert [(), ()] == [await limited.render(chat), await limited.render(chat)]
+        assert (0, "deadline") == await read(limited, Job((), 1))
+
+
+class Hesitant(ScriptedEngine):
+    """Its verifier, on another server, takes its time to render."""
+
+    async def render(self, messages: Sequence[Mapping[str, str]], role: Role = "target") -> Tokens:
+        await anyio.sleep(3600)
+        return await super().render(messages, role)
+
+
+async def test_a_search_at_its_deadline_keeps_solutions_that_are_still_to_be_judged() -> None:
+    """A verifier that hangs costs its opinion and nothing else."""
+    engine = Hesitant(["so 7"], roles=("target", "verifier"))
+    entry = registry.get("rap")
+    with anyio.fail_after(5), LimitedEngine(engine, None, 0.2) as limited:
+        task = Task(prompt=(5,), max_tokens=100, seed=3, phase="answer")
+        answer = await entry.run(task, limited, Recorder(), entry.options.model_validate({"samples": 2}))
+    assert "so 7" == engine.decode(answer.tokens)
+    assert ("stop", "deadline") == (answer.finish, answer.stopped_by)
+    assert () == answer.warnings
+
+
+@pytest.mark.parametrize("policy", ["continue", "fail"])
+async def test_a_watched_chain_ends_at_its_deadline_though_the_verifier_hangs(policy: str) -> None:
+    """As it would without being watched."""
+    engine = Hesitant(["Wait, it is 7.\n\n" * 20_000], tick=0.001, roles=("target", "verifier"))
+    entry = registry.get("trimr")
+    with anyio.fail_after(5), LimitedEngine(engine, None, 0.3) as limited:
+        task = Task(prompt=(5,), max_tokens=10**6, seed=3)
+        options = {"underthinking": False, "repetition": False, "on_verifier_error": policy}
+        answer = await entry.run(task, limited, Recorder(), entry.options.model_validate(options))
+    assert "deadline" == answer.finish
+    assert () == answer.warnings
+
+
+async def test_the_ceiling_lets_scores_come_and_the_deadline_does_not() -> None:
+    """They cost no tokens, and what was written before the ceiling is worth ranking."""
     engine = ScriptedEngine(["a"], roles=("target", "reward"))
     limited = LimitedEngine(engine, 10)
     async with anyio.create_task_group() as group:
         group.start_soon(limited.score, "why?", [Path(("a",))])
         await checkpoint()
         limited.end("ceiling")
+    assert 1 == len(await limited.score("why?", [Path(("a",))]))
+    assert len(engine.scored) == 2
+
+    limited.end("deadline")
+    with pytest.raises(TimeoutError):
+        await limited.score("why?", [Path(("a",))])
+
+
+@pytest.mark.parametrize("name", ["best-of-n", "weighted-vote"])
+async def test_chains_that_used_up_their_ceiling_are_ranked_all_the_same(name: str) -> None:
+    """By the reward model, not by their number."""
+    script = ["t</think>\\boxed{1}", "t</think>\\boxed{1}", "t</think>\\boxed{2}" + "t" * 99]
+    engine = ScriptedEngine(script, roles=("target", "reward"), rate=lambda steps: 0.9 if "2" in steps[-1] else 0.1)
+    entry = registry.get(name)
+    limited = LimitedEngine(engine, 60)
+    answer = await entry.run(
+        Task(engine.encode("q<think>"), 200, seed=3), limited, Recorder(), entry.options.model_validate({"k": 3})
+    )
+    assert "ceiling" == limited.ending()
     assert len(engine.scored) == 1
+    assert () == answer.warnings
 
 
 async def test_a_cancellation_while_a_job_begins_is_not_taken_for_the_deadline() -> None:

@@ -23,9 +23,10 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 
 from tests.server.remote_fake import Asked, FakeVllm, reply, told
+from thinkserve.server.errors import Refused
 from thinkserve.server.remote_http import RemoteHttp, error_message
 from thinkserve.server.settings import RemoteSettings
-from thinkserve.strategies.errors import EngineDead, EngineFailed, Unsupported
+from thinkserve.strategies.errors import EngineDead, EngineFailed
 
 pytestmark = pytest.mark.anyio
 
@@ -142,11 +143,11 @@ async def test_a_body_that_stops_half_way_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("status", [400, 413, 422, 501])
-async def test_a_refused_request_is_unsupported_and_the_server_well(status: int) -> None:
+async def test_a_refused_request_is_told_from_a_failure_and_the_server_well(status: int) -> None:
     """Its words are told; asking again would change nothing, and nothing is wrong with the server."""
     fake = FakeVllm(fault=answering(error("stop: too many\n\x1b[31mstrings", status)))
     async with client(fake, breaker_failures=1) as http:
-        message = await fails(http, Unsupported)
+        message = await fails(http, Refused)
         assert http.alive
 
     assert f"The remote verifier refuses the request ({status}): stop: too many\ufffd\ufffd[31mstrings" == message
@@ -183,7 +184,7 @@ async def test_the_key_is_never_told(status: int) -> None:
     """Not even if the server repeats it, in whatever shape its errors have."""
     for body in ({"error": {"message": f"bad key {KEY}"}}, {"error": f"Unauthorized {KEY}"}, {"message": KEY}):
         async with client(FakeVllm(fault=answering(told(body, status))), retries=0) as http:
-            await fails(http, Unsupported if status == 400 else EngineFailed)
+            await fails(http, Refused if status == 400 else EngineFailed)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from tests.server.remote_fake import Asked, FakeVllm, card, told
 from thinkserve.server.model_dir import StartError
 from thinkserve.server.remote_engine import connect
 from thinkserve.server.remote_model import RemoteModel
-from thinkserve.server.remote_reward import named_format
+from thinkserve.server.remote_reward import Memory, named_format
 from thinkserve.server.reward_formats import sigmoid
 from thinkserve.server.settings import RemoteSettings
 from thinkserve.server.testing import ScriptedBackend
@@ -136,6 +136,24 @@ async def test_a_tokenizer_of_its_own_is_asked_once_per_text() -> None:
     assert first == again
     assert list(upper("user: why?\n<think>\n" + "".join(STEPS))) == sent[0]["input"][1]
     assert 1 + len(STEPS) == len(fake.bodies("/tokenize"))
+
+
+def test_a_memory_of_texts_is_bounded_in_texts_and_in_tokens() -> None:
+    """What was used last stays; long texts are not kept at all, and none is counted twice."""
+    memory = Memory(texts=3, tokens=10, chars=5)
+    memory.keep("long..", (1,))
+    for text in ("a", "b", "c", "c"):
+        memory.keep(text, (1, 2, 3))
+    memory.find("a")
+    memory.keep("d", ())
+
+    assert [None, (1, 2, 3), None, (1, 2, 3), ()] == [memory.find(text) for text in ("long..", "a", "b", "c", "d")]
+    memory.keep("e", (1,) * 8)
+    assert [None, None, (), (1,) * 8] == [memory.find(text) for text in ("a", "c", "d", "e")]
+    memory.keep("f", (1,) * 11)
+    assert [None, None, None] == [memory.find(text) for text in ("d", "e", "f")]
+    memory.keep("g", (1,) * 10)
+    assert (1,) * 10 == memory.find("g")
 
 
 async def test_a_question_without_a_chat() -> None:

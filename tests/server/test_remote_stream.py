@@ -16,6 +16,7 @@ import pytest
 from anyio.abc import ByteStream, SocketAttribute, SocketStream
 
 from tests.server.remote_fake import END, STREAM, Asked, FakeVllm, framed
+from thinkserve.server.errors import Refused
 from thinkserve.server.remote_http import RemoteHttp
 from thinkserve.server.remote_model import RemoteModel
 from thinkserve.server.remote_tokens import RemoteTokenizer
@@ -256,7 +257,7 @@ def chunk(**more: object) -> str:
         (chunk(finish_reason="abort", token_ids=[]), "gave up on the request (abort)"),
         (chunk(), "log-probability"),
         (chunk(logprobs={"token_logprobs": [], "top_logprobs": []}), "log-probability"),
-        (chunk(logprobs={"token_logprobs": [None], "top_logprobs": [{}]}), "no number"),
+        (chunk(logprobs={"token_logprobs": [None], "top_logprobs": [{}]}), "no log-probability"),
         (chunk(logprobs={"token_logprobs": [-1.0], "top_logprobs": [None]}), "alternatives"),
         (chunk(logprobs={"token_logprobs": [-1.0], "top_logprobs": [{" the": -1.0}]}), "by its text"),
         ("data: " + "x" * 3000 + "\n\n", "a line of more than 2000 bytes"),
@@ -292,7 +293,7 @@ async def test_a_refusal_inside_a_stream_is_one(place: int) -> None:
     """vLLM begins to answer before it has looked at everything; nothing is wrong with the server."""
     line = 'data: {"error": {"message": "logprobs of 99, sesame", "type": "BadRequestError", "code": 400}}\n\n'
     async with remote(FakeVllm(fault=broken_at(place, line)), breaker_failures=1) as model:
-        with pytest.raises(Unsupported) as caught:
+        with pytest.raises(Refused) as caught:
             await deltas(model)
 
         assert "The remote guide refuses the request (400): logprobs of 99, ***" == str(caught.value)

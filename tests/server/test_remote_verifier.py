@@ -10,6 +10,7 @@ import pytest
 from anyio.abc import ByteStream
 
 from tests.server.remote_fake import Asked, FakeVllm, told
+from thinkserve.server.errors import RoleFailed, from_exception
 from thinkserve.server.model_dir import StartError
 from thinkserve.server.remote_engine import connect
 from thinkserve.server.roles import Roles
@@ -44,11 +45,11 @@ class Opinionated(FakeVllm):
 
 
 @asynccontextmanager
-async def asking(fake: FakeVllm, target: ScriptedEngine) -> AsyncIterator[Engine]:
+async def asking(fake: FakeVllm, target: ScriptedEngine, **settings: Any) -> AsyncIterator[Engine]:
     """The engine of a request whose verifier is the fake."""
     backend = ScriptedBackend(target)
     async with fake.running() as url:
-        verifier = await connect(url, RemoteSettings(), backend, "verifier")
+        verifier = await connect(url, RemoteSettings(**settings), backend, "verifier")
         try:
             assert verifier.text is None
             yield Roles(backend, {"verifier": verifier}).engine("req")
@@ -94,8 +95,8 @@ async def test_rap_needs_no_tokenizer_of_its_verifier() -> None:
     assert all("Is the next step useful?" in question for question in questions(fake))
 
 
-async def test_a_verifier_that_refuses_leaves_rap_a_step_undecided() -> None:
-    """A 400 of its server is no reason to end the search."""
+async def test_a_verifier_that_refuses_leaves_rap_a_step_undecided(caplog: pytest.LogCaptureFixture) -> None:
+    """A 400 of its server is no reason to end the search; its words are for the log, once."""
     fake, engine = Opinionated("Yes"), ScriptedEngine(["one.\n\nso 7"])
     async with asking(fake, engine) as asked:
         answers, body = fake.fault, {"error": {"message": "no logprobs here", "code": 400}}
@@ -111,8 +112,33 @@ async def test_a_verifier_that_refuses_leaves_rap_a_step_undecided() -> None:
         answer, _ = await play("rap", asked, task, samples=2, iterations=1)
 
     assert "stop" == answer.finish
-    assert 1 == len(answer.warnings)
-    assert "a step was not judged: " in answer.warnings[0]
+    assert (f"a step was not judged: {RoleFailed('verifier')}",) == answer.warnings
+    told_once = "request req: the model of the role verifier failed: The remote verifier refuses the request (400): "
+    assert [told_once + "no logprobs here"] == [each.message for each in caplog.records]
+
+
+@pytest.mark.parametrize("policy", ["continue", "fail"])
+@pytest.mark.parametrize("status", [400, 500])
+async def test_a_verifier_that_cannot_even_tokenize_has_failed_as_such(status: int, policy: str) -> None:
+    """By the role's own error, whatever its server says, and whoever else it may be asked by."""
+    fake, engine = Opinionated("Yes"), ScriptedEngine([THOUGHT * 9 + "</think>It is 7."])
+    async with asking(fake, engine, retries=0) as asked:
+
+        async def fails(asked: Asked, stream: ByteStream) -> bool:
+            await stream.send(told({"error": {"message": "cuda in /srv"}}, status))
+            return True
+
+        fake.fault = fails
+        task = Task(engine.encode(PROMPT), 2000, question="3 + 4?")
+        playing = play("trimr", asked, task, underthinking=False, excerpt_tokens=11, on_verifier_error=policy)
+        if policy == "fail":
+            with pytest.raises(RoleFailed) as caught:
+                await playing
+            error = from_exception(caught.value, "req")
+            assert (502, "verifier_failed") == (error.status, error.code)
+        else:
+            answer, _ = await playing
+            assert (f"the verifier failed: {RoleFailed('verifier')}",) == answer.warnings
 
 
 async def test_a_server_that_gives_too_few_alternatives_is_found_out_at_the_start() -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
 import pytest
 
-from thinkserve.server.errors import RoleDown, RoleFailed, from_exception
+from thinkserve.server.errors import Refused, RoleDown, RoleFailed, from_exception
 from thinkserve.server.roles import Roles
 from thinkserve.server.testing import ScriptedBackend
 from thinkserve.strategies import registry
-from thinkserve.strategies.engine import Job, ModelInfo, Path, Role, Task, Tokens
+from thinkserve.strategies.engine import Engine, Job, ModelInfo, Path, Role, Score, Task, Tokens
 from thinkserve.strategies.errors import EngineDead, EngineFailed, Unsupported
 from thinkserve.strategies.testing import SCRIPTED, ScriptedEngine
 
@@ -37,7 +37,11 @@ class Deployed:
 
 
 async def written(deployed: Deployed, role: Role) -> str:
-    engine = deployed.roles.engine("req")
+    return await written_by(deployed.roles, role)
+
+
+async def written_by(roles: Roles, role: Role) -> str:
+    engine = roles.engine("req")
     async with engine.generate(Job((5,), 50, role=role)) as stream:
         tokens: Tokens = tuple([token async for delta in stream for token in delta.tokens])
     return engine.decode(tokens, role)
@@ -143,6 +147,69 @@ async def test_a_helper_that_gives_up_is_told_from_a_target_that_does(
         async with deployed.roles.engine("req").generate(Job((5,), 50, role="guide")):
             raise EngineFailed("the target's")
     assert not isinstance(other.value, RoleFailed)
+
+
+class Elsewhere(ScriptedEngine):
+    """A model on another server, which does whatever it is asked in its own way: by raising this."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__([], roles=("target", "reward"))
+        self._error = error
+
+    def _script(self, job: Job, index: int) -> Tokens:
+        raise self._error
+
+    async def render(self, messages: Sequence[Mapping[str, str]], role: Role = "target") -> Tokens:
+        raise self._error
+
+    async def score(self, question: str, paths: Sequence[Path], role: Role = "reward") -> list[Score]:
+        raise self._error
+
+
+async def ask_everything(engine: Engine, role: Role, error: type[Exception]) -> None:
+    """Every question to a role ends with this error."""
+    with pytest.raises(error):
+        await engine.render([{"role": "user", "content": "x"}], role)
+    with pytest.raises(error):
+        await engine.score("q", [Path(("s",))], role)
+    with pytest.raises(error):
+        async with engine.generate(Job((5,), 5, role=role)):
+            pass
+    with pytest.raises(error):
+        async with engine.chain(Job((5,), 5, role=role)) as chain, chain.segment(5):
+            pass
+
+
+@pytest.mark.parametrize("error", [Refused("too many words"), EngineFailed("too many words")])
+async def test_whatever_a_helper_refuses_or_fails_at_is_its_roles_failure_and_logged_once(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A search may ask it a hundred times; another request gets a line of its own."""
+    roles = Roles(model("small"), {"verifier": ScriptedBackend(Elsewhere(error))})
+    await ask_everything(roles.engine("one"), "verifier", RoleFailed)
+    await ask_everything(roles.engine("two"), "verifier", RoleFailed)
+
+    said = "the model of the role verifier failed: too many words"
+    assert [f"request one: {said}", f"request two: {said}"] == [each.message for each in caplog.records]
+
+
+async def test_a_helper_that_is_gone_is_so_whatever_it_is_asked(caplog: pytest.LogCaptureFixture) -> None:
+    """Before it hears of it; why is logged once."""
+    deployed = Deployed()
+    deployed.large.alive = False
+    await ask_everything(deployed.roles.engine("req"), "verifier", RoleDown)
+
+    assert ["request req: the model of the role verifier failed: The engine is gone."] == [
+        each.message for each in caplog.records
+    ]
+
+
+async def test_what_a_helper_can_never_do_is_told_to_who_asked_for_it() -> None:
+    """Those are our words, and a 400."""
+    roles = Roles(model("small"), {"guide": ScriptedBackend(Elsewhere(Unsupported("takes no controls", "strategy")))})
+
+    with pytest.raises(Unsupported, match="takes no controls"):
+        await written_by(roles, "guide")
 
 
 async def _gives_up(question: str, paths: Sequence[Path], role: Role = "reward") -> NoReturn:

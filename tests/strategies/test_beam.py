@@ -90,3 +90,13 @@ def test_one_beam_is_greedy_by_reward() -> None:
 
     assert "RLRLR" == text_of(world, answer).replace("\n", "")
     assert 6 == len(told(out, "node.expanded"))
+
+
+def test_a_step_that_is_kept_is_not_told_as_pruned() -> None:
+    """Two slots wrote it, and one of them is cut."""
+    world = World({"": ("a\n\n", "a\n\n")}, {"a\n\n": 0.9})
+
+    _, out = search("beam", world, n=2, m=2)
+
+    assert {"": 2, "a\n\n": 2} == dict(world.visits)
+    assert [] == [event["node"] for event in told(out, "node.pruned") if event["reason"] == "beam"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from thinkserve.strategies.controls import Guide, Steer
-from thinkserve.strategies.engine import Chain, Job, Tokens
+from thinkserve.strategies.engine import Chain, Job, Tokens, chain_seed
 from thinkserve.strategies.testing import ScriptedEngine
 
 pytestmark = pytest.mark.anyio
@@ -107,6 +107,8 @@ async def test_segments_draw_different_random_numbers() -> None:
 
     assert seeds[:2] == seeds[2:]
     assert seeds[0] != seeds[1]
+    # Indices from 0 on are those of chains, nodes and jobs in parts.
+    assert not {chain_seed(5, index) for index in range(64)} & set(seeds)
 
 
 async def test_two_chains_write_two_scripts() -> None:

@@ -76,3 +76,34 @@ def test_no_more_is_written_at_once_than_was_counted() -> None:
 
     rounds = [sum(count for text, count in world.visits.items() if len(text) == size) for size in (0, 3, 6)]
     assert [6, 6, 6] == rounds
+
+
+def test_a_limit_that_strikes_within_a_step_loses_no_solution() -> None:
+    """Time is over behind an open step that was rated better than a complete solution: that one answers."""
+    rewards = {"it is 1": 0.6, "b\n\n": 0.7}
+    world = World({"": tuple(rewards), "b\n\n": ("x" * 99,)}, rewards, deadline=20)
+
+    answer, _ = search("dvts", world, n=2, m=2)
+
+    assert ("it is 1", "stop", "deadline") == (text_of(world, answer), answer.finish, answer.stopped_by)
+
+
+def test_a_dead_end_is_not_gone_on_from_while_there_is_another_step() -> None:
+    """Though it is rated better."""
+    steps = {"": ("so 7.", "a\n\n"), "a\n\n": ("b</think>8",)}
+    world = World(steps, lambda text: 0.9 if text == "so 7." else 0.2, prompt="q<think>")
+
+    _, out = search("dvts", world, world.task(phase="thinking"), n=2, m=2)
+
+    assert "8" == world.decode(out.tokens_of("answer"))
+
+
+def test_a_subtree_that_uses_up_its_share_is_told() -> None:
+    """Though another one leaves so much of its own that the sum is below the limit."""
+    world = World(lambda text: ("b\n\n",) if text else ("1", "b\n\n"), lambda text: 0.5)
+
+    answer, _ = search("dvts", world, world.task(max_total_tokens=100), n=2, m=1)
+
+    assert world.generated < 75
+    assert ("1", "budget") == (text_of(world, answer), answer.stopped_by)
+    assert "stopped by its limit of tokens" in answer.reason

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from fractions import Fraction
+from time import monotonic
 
 import anyio
 import pytest
@@ -27,7 +28,7 @@ POISON = ["$10^{10^{10}}$", "+".join(f"x^{n}" for n in range(250)), "(" * 900 + 
 def worker_for_all() -> Iterator[Equivalence]:
     """One worker for the whole file; needs math-verify."""
     pytest.importorskip("math_verify")
-    equivalence = Equivalence()
+    equivalence = Equivalence(worker=Worker())
     yield equivalence
     equivalence.close()
 
@@ -58,6 +59,13 @@ def hasty(worker_for_all: Equivalence) -> Equivalence:
         (r"-\frac{1}{2}", "-.5", True),
         ("1,234", "1234.0", True),
         ("1e3", "1000", True),
+        (r"\$18", "18", True),
+        ("2 1/2", "2.5", True),
+        (r"-2\frac12", "-5/2", True),
+        ("2 1/2", "21/2", False),
+        ("2 1/2", "3 1/2", False),
+        ("12 345", "12345", True),
+        ("50 %", "50%", True),
         (r"50\%", "0.5", False),
         (r"50\%", "50", True),
         ("\u22127", "-7", True),
@@ -87,6 +95,7 @@ def test_most_answers_need_no_algebra(a: str, b: str, equal: bool) -> None:
         ("10^{10}", None),
         ("1,23", None),
         ("1,234.5", Fraction(2469, 2)),
+        ("1 2 3", None),
         ("+3", Fraction(3)),
         ("3/0", None),
         (r"\frac{1}{0}", None),
@@ -149,9 +158,9 @@ async def test_a_megabyte_of_latex_is_not_looked_at(algebra: Equivalence) -> Non
         assert await algebra.equal(long, str(long))
 
 
-async def test_without_math_verify_that_stage_is_skipped() -> None:
+async def test_without_a_worker_that_stage_is_skipped() -> None:
     """Text and numbers still work."""
-    plain = Equivalence(math=False)
+    plain = Equivalence()
 
     assert await plain.equal("1/2", "0.5")
     assert not await plain.equal("x=5", "5")
@@ -199,14 +208,68 @@ async def test_waiting_comparisons_hold_no_threads_of_others(hasty: Equivalence)
     assert borrowed == 0
 
 
-async def test_a_vote_runs_out_of_patience(hasty: Equivalence) -> None:
-    """After the time-outs it was granted, text and number alone decide."""
-    equal = hasty.patient(timeouts=1)
-    await hasty.warm()
+async def test_a_vote_runs_out_of_patience(algebra: Equivalence) -> None:
+    """After the seconds it was granted, text and number alone decide; what was not asked to the end is not known."""
+    await algebra.warm()
+    equal = algebra.patient(seconds=0.5)
 
-    assert not await equal("10^{10^{12}}", "z=2")
-    assert not await equal(r"\sqrt{20}", r"2\sqrt{5}")
-    assert await equal("1/4", "0.25")
+    with anyio.fail_after(5):
+        assert not await equal("10^{10^{12}}", "z=2")
+        assert not await equal(r"\sqrt{20}", r"2\sqrt{5}")
+        assert await equal("1/4", "0.25")
+    assert await algebra.equal(r"\sqrt{20}", r"2\sqrt{5}")
+
+
+@pytest.fixture
+def stuck() -> Iterator[Equivalence]:
+    """A worker that never answers, and a minute for each of its answers."""
+    equivalence = Equivalence(60.0, Worker((sys.executable, "-c", SLEEPER)))
+    yield equivalence
+    equivalence.close()
+
+
+async def test_a_vote_does_not_wait_behind_the_hard_answers_of_others(stuck: Equivalence) -> None:
+    """The wait for the worker counts as well."""
+    equal, passed = stuck.patient(seconds=0.3), False
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as group:
+            for n in range(3):
+                group.start_soon(stuck.equal, f"10^{{10^{{{n}}}}}", "z=1")
+            await anyio.sleep(0.05)
+            assert not await equal("x=5", "5")
+            passed = await equal("1/4", "0.25")
+            group.cancel_scope.cancel()
+
+    assert passed
+
+
+async def test_a_vote_leaves_time_before_its_deadline(stuck: Equivalence) -> None:
+    """Whoever is cancelled in a second is not kept for three."""
+    with anyio.move_on_after(1.0) as scope:
+        assert not await stuck.patient()("x=5", "5")
+
+    assert not scope.cancelled_caught
+
+
+async def test_a_question_for_which_nobody_waits_is_not_asked() -> None:
+    """Its asker may have gone while the worker started or was busy; the process is left as it is."""
+    worker = Worker((sys.executable, "-c", ECHO))
+    await run_sync(worker.start)
+    first = worker.pid
+
+    assert await run_sync(worker.ask, ["a"], 5.0, monotonic() - 1) is None
+    assert first == worker.pid
+    assert await run_sync(worker.ask, ["a"], 5.0, monotonic() + 5) is True
+    worker.stop()
+
+
+async def test_a_question_is_not_waited_for_beyond_the_askers_time() -> None:
+    """However long the worker may take for it."""
+    worker = Worker((sys.executable, "-c", SLEEPER))
+    await run_sync(worker.start)
+
+    with anyio.fail_after(5):
+        assert await run_sync(worker.ask, ["a"], 60.0, monotonic() + 0.1) is None
 
 
 async def test_a_late_worker_is_killed_and_replaced() -> None:
@@ -264,6 +327,6 @@ async def test_stopping_frees_whoever_waits() -> None:
 
     with anyio.fail_after(5):
         async with anyio.create_task_group() as group:
-            group.start_soon(run_sync, worker.ask, ["x"], 60.0)
+            group.start_soon(run_sync, lambda: worker.ask(["x"], 60.0))
             await anyio.sleep(0.1)
             await run_sync(worker.stop)

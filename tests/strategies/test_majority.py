@@ -122,3 +122,17 @@ async def test_progress_is_told_now_and_then() -> None:
     assert 0 == told.count(("chain.progress", 1))
     assert [("vote", None), ("winner", 1)] == told[-2:]
     assert {("chain.started", 0), ("chain.started", 1), ("chain.finished", 0), ("chain.finished", 1)} <= set(told)
+
+
+@pytest.mark.parametrize(("max_tokens", "ceiling", "stopped_by"), [(200, 28, "budget"), (19, None, "all_done")])
+async def test_an_answer_that_was_cut_does_not_vote_against_a_complete_one(
+    max_tokens: int, ceiling: int | None, stopped_by: str
+) -> None:
+    """Halfway to 12 it reads 1, and its shorter thinking would win the tie."""
+    engine = ScriptedEngine([chain(3, "the result is 12"), chain(5, "12")], ceiling=ceiling)
+
+    answer, out = await play("majority", engine, task_for(engine, max_tokens), k=2)
+
+    assert "the result is 1" == engine.decode(engine.history[0].tokens)[3:]
+    assert (1, {"12": 1}, "stop", stopped_by) == (answer.winner, dict(answer.votes), answer.finish, answer.stopped_by)
+    assert [[1]] == [event.data["voters"] for event in out.events if event.type == "vote"]

@@ -10,7 +10,8 @@ import pytest
 from thinkserve.strategies import registry
 from thinkserve.strategies.engine import Answer, Job, Role, Task, TokenStats
 from thinkserve.strategies.modifiers import Layer, layered, misfit, modifiers
-from thinkserve.strategies.repetition import GuardOptions
+from thinkserve.strategies.repetition import GuardOptions, RepetitionGuard
+from thinkserve.strategies.streams import whole
 from thinkserve.strategies.testing import Recorder, ScriptedEngine, example
 
 PROMPT = "q<think>"
@@ -108,6 +109,38 @@ def test_limits_hold_whatever_is_put_in(name: str, limit: int) -> None:
     assert len(answer.tokens) <= limit
     assert len(out.tokens_of("thinking")) <= limit
     assert all(stream.generated <= limit for stream in engine.history)
+
+
+@pytest.mark.parametrize("name", GUARDED)
+def test_no_two_jobs_draw_the_same_random_numbers(name: str) -> None:
+    """What goes on behind words of ours has a seed that no other job has, whatever the strategy makes of its own."""
+    engine = writer("Look. " + LOOPS[0] * 60 + "</think>It is\n\n8.")
+    _, out = guarded(name, engine, sentence="Enough.")
+
+    seeds = [(stream.job.role, stream.job.seed) for stream in engine.history if stream.job.role != "verifier"]
+    assert any(event.type == "budget.forced" for event in out.events)
+    assert len(set(seeds)) == len(seeds) > 1
+
+
+def test_a_chain_whose_end_of_thinking_was_dropped_is_watched_again() -> None:
+    """By a strategy, or for the words of a modifier above."""
+    engine = ScriptedEngine(
+        lambda job, _: "so 7." + ("0123456789abcdef" * 60 + "</think>It is 8." if len(job.prompt) > 2 else "</think>")
+    )
+    task, out = Task(engine.encode(PROMPT), 2000), Recorder()
+    guard = RepetitionGuard(engine, task, out, GuardOptions(sentence="Enough."))
+
+    async def go() -> str:
+        async with guard.chain(task.job()) as chain:
+            async with chain.segment(2000, engine.info().think_close) as stream:
+                await whole(stream)
+            chain.drop(1)
+            chain.inject(engine.encode("\n\n"))
+            async with chain.segment(2000) as stream:
+                await whole(stream)
+            return engine.decode(chain.tokens)
+
+    assert "so 7.\n\n" + "0123456789abcdef" * 4 + "\n\nEnough.\nIt is 8." == anyio.run(go)
 
 
 def test_only_what_resumes_lies_below_chains_in_parts() -> None:

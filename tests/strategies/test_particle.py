@@ -201,3 +201,26 @@ def test_the_seed_decides_what_is_resampled() -> None:
 
     assert heirs(1) == heirs(1)
     assert len({heirs(seed) for seed in range(20)}) > 1
+
+
+@pytest.mark.parametrize("select", ["best", "weighted", "majority"])
+def test_a_solution_that_was_resampled_away_answers_where_time_is_over_for_all_others(select: str) -> None:
+    """Better than any that is not complete; of several the best rated."""
+    rewards = {"so 1": 0.01, "it is 2": 0.02, "c\n\n": 0.99, "d\n\n": 0.1}
+    world = World({"": tuple(rewards), "c\n\n": ("x" * 99,), "d\n\n": ("x" * 99,)}, rewards, deadline=20)
+
+    answer, out = search("particle", world, n=4, select=select)
+
+    assert {1, 2} <= {event["node"] for event in told(out, "node.pruned") if event["reason"] == "resampled"}
+    expected = "so 1" if select == "majority" else "it is 2"
+    assert (expected, "stop", "deadline") == (text_of(world, answer), answer.finish, answer.stopped_by)
+
+
+def test_dead_ends_have_no_weight() -> None:
+    """What ended inside its thinking is not copied, however it is rated."""
+    steps = {"": ("so 7.", "a\n\n", "a\n\n", "a\n\n"), "a\n\n": ("b</think>8",)}
+    world = World(steps, lambda text: 0.99 if text == "so 7." else 0.01, prompt="q<think>")
+
+    _, out = search("particle", world, world.task(phase="thinking"), n=4)
+
+    assert "8" == world.decode(out.tokens_of("answer"))

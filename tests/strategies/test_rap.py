@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import log, sqrt
+from math import exp, inf, log, sqrt
 from typing import Any
 
 import anyio
@@ -11,7 +11,7 @@ import pytest
 from tests.strategies.worlds import World, search, text_of, told
 from thinkserve.strategies.engine import Job
 from thinkserve.strategies.errors import EngineFailed
-from thinkserve.strategies.rap import Plan, RapOptions, agreement
+from thinkserve.strategies.rap import Plan, RapOptions, agreement, chance
 from thinkserve.strategies.testing import Recorder
 from thinkserve.strategies.tree import Tree
 from thinkserve.strategies.tree_budget import limits
@@ -45,6 +45,12 @@ def test_steps_with_one_result_are_one_action() -> None:
     shares = agreement(steps)
 
     assert {1: 3 / 8, 3: 2 / 8, 5: 2 / 8, 6: 1 / 8} == {step.id: share for step, share in shares.items()}
+
+
+def test_no_odds_are_too_large() -> None:
+    """A verifier elsewhere may say anything."""
+    assert [0.0, 0.0, 0.5, 1.0, 1.0] == [chance(odds) for odds in (-inf, -1000.0, 0.0, 1000.0, inf)]
+    assert [pytest.approx(1 / (1 + exp(2))), pytest.approx(1 / (1 + exp(-2)))] == [chance(-2.0), chance(2.0)]
 
 
 def test_the_upper_confidence_bound_by_hand() -> None:

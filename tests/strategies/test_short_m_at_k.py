@@ -227,6 +227,7 @@ def test_an_answer_is_forced_when_nobody_finishes() -> None:
     assert any("forced" in warning for warning in answer.warnings)
     assert [1] == [event.chain for event in out.events if event.type == "budget.forced"]
     assert 20 + 40 + 40 + 8 == engine.generated
+    assert 4 == len({stream.job.seed for stream in engine.history})
 
 
 def test_a_chain_that_ends_inside_its_thinking_is_not_finished() -> None:
@@ -270,6 +271,16 @@ def test_a_chain_cut_in_its_answer_counts_all_the_same() -> None:
         answer.finish,
         answer.stopped_by,
     )
+
+
+def test_a_member_that_was_cut_in_its_answer_counts_as_one_but_does_not_vote_against_a_complete_one() -> None:
+    """The third chain is stopped all the same, and who is complete decides."""
+    engine = ScriptedEngine([chain(3, "the result is 12"), chain(5, "12"), chain(500)], ceiling=34)
+
+    answer, _ = race(engine, k=3, m=2)
+
+    assert [False, False, True] == [stream.aborted for stream in engine.history]
+    assert (1, {"12": 1}, "budget") == (answer.winner, dict(answer.votes), answer.stopped_by)
 
 
 def test_without_tags_chains_finish_with_their_text() -> None:

@@ -201,10 +201,11 @@ async def test_a_cue_is_never_more_than_there_is_room_for() -> None:
         assert len(out.tokens_of("thinking")) <= (budget or limit) + 1
 
 
-async def test_nobody_looks_on_after_the_end_of_thinking() -> None:
+@pytest.mark.parametrize("n1", [3, None])
+async def test_nobody_looks_on_after_the_end_of_thinking(n1: int | None) -> None:
     """In the answer blank lines and doubts are the target's own business, in one job without stop strings."""
     target = "one.\n\ntwo</think>Wait.\n\nWait.\n\ncheck"
-    text, out, _, engine = await think(target, "?" * 99, n1=3)
+    text, out, _, engine = await think(target, "?" * 99, n1=n1)
 
     assert target.replace("</think>", "") == text
     assert [] == takeovers(out)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from thinkserve.strategies.engine import ModelInfo, Phase, Tokens
-from thinkserve.strategies.text import Phases, answer_of, bare_option, boxed, final_number, option, steps
+from thinkserve.strategies.text import Phases, answer_of, bare_option, before, boxed, final_number, option, steps
 
 SHORT_TAGS = ModelInfo("m", 99, 99, eos=(0,), think_open=(1,), think_close=(2,))
 LONG_TAGS = ModelInfo("m", 99, 99, eos=(0,), think_open=(1, 1, 3), think_close=(1, 2, 1, 4))
@@ -22,6 +22,14 @@ def label(info: ModelInfo, phase: Phase | None, *parts: Tokens) -> tuple[str, Ph
     phases = Phases(info, phase)
     runs = [run for part in parts for run in phases.push(part)]
     return "".join(name[0] * count for name, count in runs) + "h" * phases.held, phases
+
+
+@pytest.mark.parametrize(
+    ("wanted", "left"), [((2,), (1,)), ((2, 3), (1,)), ((3, 2), (1, 2)), ((9,), (1, 2, 3, 2)), ((), (1, 2, 3, 2))]
+)
+def test_what_comes_before_a_tag_goes_up_to_its_first(wanted: Tokens, left: Tokens) -> None:
+    """It is everything where there is none, or nothing to look for."""
+    assert left == before((1, 2, 3, 2), wanted)
 
 
 @pytest.mark.parametrize(
@@ -124,6 +132,8 @@ def test_the_last_balanced_box_is_the_answer(text: str, answer: str | None) -> N
         ("costs -$5.50", "-5.50"),
         ("so 3/4 of it", "3/4"),
         ("50 %", "50%"),
+        ("it is 2 1/2.", "2 1/2"),
+        ("3 / 4", "3/4"),
         (r"50\% of", r"50\%"),
         ("= .5", ".5"),
         ("1.5e-3", "1.5e-3"),

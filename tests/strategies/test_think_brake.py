@@ -117,7 +117,7 @@ async def test_the_limit_holds_for_thinking_and_answer_together(limit: int) -> N
 
 
 async def test_the_second_job_asks_for_no_statistics_and_no_budget() -> None:
-    """It writes the answer after our tag."""
+    """It writes the answer after our tag, with random numbers of its own."""
     engine = ScriptedEngine([SCRIPT], stats=close_at({5: 0.0}))
 
     await play("think-brake", engine, replace(task_for(engine), thinking_budget=30))
@@ -126,6 +126,7 @@ async def test_the_second_job_asks_for_no_statistics_and_no_budget() -> None:
     assert (True, True, 30) == (first.job.stats, first.aborted, first.job.thinking_budget)
     assert (False, None) == (second.job.stats, second.job.thinking_budget)
     assert engine.encode("q<think>one. </think>") == second.job.prompt
+    assert first.job.seed != second.job.seed
 
 
 async def test_the_answer_is_never_braked() -> None:

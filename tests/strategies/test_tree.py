@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.strategies.worlds import REWARDED, SEARCHES, World, binary, preferring, search, text_of, told
+from tests.strategies.worlds import REWARDED, SEARCHES, SMALL, World, binary, preferring, search, text_of, told
 from thinkserve.strategies.engine import Sampling
 from thinkserve.strategies.errors import EngineFailed
 from thinkserve.strategies.registry import get
@@ -21,15 +21,6 @@ from thinkserve.strategies.tree_node import Node
 
 pytestmark = pytest.mark.anyio
 EVERY = pytest.mark.parametrize("name", SEARCHES)
-SMALL: dict[str, dict[str, Any]] = {
-    "a-star": {"k": 2},
-    "beam": {"n": 4, "m": 2},
-    "dvts": {"n": 4, "m": 2},
-    "rebase": {"width": 4},
-    "particle": {"n": 4},
-    "mcts": {"width": 2, "simulations": 2},
-    "rap": {"samples": 2, "iterations": 3},
-}
 
 
 def tree_of(world: World, max_tokens: int = 200, **more: Any) -> tuple[Tree, Recorder]:

@@ -15,6 +15,16 @@ from thinkserve.strategies.testing import Recorder, ScriptedEngine, play
 PROMPT = "q<think></think>"
 SEARCHES = ("a-star", "beam", "dvts", "rebase", "particle", "mcts", "rap")
 REWARDED = SEARCHES[:-1]
+# Parameters with which each search is quick.
+SMALL: dict[str, dict[str, Any]] = {
+    "a-star": {"k": 2},
+    "beam": {"n": 4, "m": 2},
+    "dvts": {"n": 4, "m": 2},
+    "rebase": {"width": 4},
+    "particle": {"n": 4},
+    "mcts": {"width": 2, "simulations": 2},
+    "rap": {"samples": 2, "iterations": 3},
+}
 
 
 class World(ScriptedEngine):

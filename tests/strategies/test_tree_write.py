@@ -1,0 +1,56 @@
+"""Proposals that end inside their thinking: no solutions, and nothing is written behind them."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.strategies.worlds import SEARCHES, SMALL, World, search
+from thinkserve.strategies.engine import Job
+from thinkserve.strategies.testing import Recorder
+from thinkserve.strategies.tree import Tree
+from thinkserve.strategies.tree_budget import Limits
+
+EVERY = pytest.mark.parametrize("name", SEARCHES)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("end", "text"), [("so 7.", ["so 7."]), ("\n\nso 7.", ["\n\nso 7."]), (" ", []), ("", [])])
+async def test_what_ends_inside_its_thinking_is_a_dead_end(end: str, text: list[str]) -> None:
+    """It has no answer, so it is no solution; and nothing is written behind the end of a sequence."""
+    world = World(lambda before: (end[len(before) :],), prompt="q<think>")
+    tree = Tree(world.task(phase="thinking"), world, Recorder(), Limits(1000, 0, 200, 50, 40))
+
+    steps = await tree.expand({tree.root: 1})
+
+    assert [(each, False, False) for each in text] == [(step.text, step.terminal, step.open) for step in steps]
+    assert 1 + end.startswith("\n\n") == len(world.history)
+
+
+@EVERY
+def test_a_solution_that_ends_inside_its_thinking_does_not_answer(name: str) -> None:
+    """However it is rewarded, while there is another."""
+    steps = {"": ("a\n\n",), "a\n\n": ("so 7.", "b</think>8")}
+    world = World(steps, lambda text: 0.9 if "so 7" in text else 0.2, prompt="q<think>")
+
+    answer, out = search(name, world, world.task(phase="thinking"), **SMALL[name])
+
+    assert ("8", "stop") == (world.decode(out.tokens_of("answer")), answer.finish)
+
+
+class Hasty(World):
+    """Ends inside its thinking, but answers where it is to write to the end."""
+
+    def _continuation(self, job: Job, index: int) -> str:
+        steps = super()._continuation(job, index)
+        return "</think>8" if job.role == "target" and not job.stop else steps
+
+
+@EVERY
+def test_where_all_end_inside_their_thinking_an_answer_is_written_behind_the_last_step(name: str) -> None:
+    """In one go, thinking ended in time."""
+    world = Hasty(lambda text: ("so 7.",) if text else ("a\n\n",), prompt="q<think>")
+
+    answer, out = search(name, world, world.task(phase="thinking"), **SMALL[name])
+
+    assert "a\n\n" == world.decode(out.tokens_of("thinking"))
+    assert ("8", "stop") == (world.decode(out.tokens_of("answer")), answer.finish)
