@@ -142,6 +142,8 @@ class Plan:
         tree, work = self._tree, "".join(step.path[: -len(step.steps) or None])
         parts = {"question": tree.task.question, "work": work.strip(), "step": step.text.strip()}
         tree.spent.passes += 1
+        # The verifier's one word is on the request's bill.
+        tree.spent.tokens += 1
         try:
             odds = await self._verifier.ask(filled(self._options.ask, **parts))
         except EngineDead:
