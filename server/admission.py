@@ -41,8 +41,9 @@ class Admission:
         """Return when no request is at work."""
         await self._idle.wait()
 
-    def check(self) -> None:
-        """ApiError 503 when no request can come in, whatever it costs."""
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """Hold a place, from before it is known what the request wants. ApiError 503 when there is none."""
         if self.draining:
             self._metrics.rejected("draining")
             headers = {**retry_after(5, 30), "Connection": "close"}
@@ -50,29 +51,35 @@ class Admission:
         if self.inflight >= self._max_inflight:
             self._metrics.rejected("inflight")
             raise _overloaded(f"{self.inflight} requests are at work; this server takes no more at once.")
-
-    @contextmanager
-    def admit(self, plan: Plan) -> Iterator[None]:
-        """Hold the request's place while inside. ApiError 503 when there is none."""
-        self.check()
-        # Alone a request may cost what it will: the engine runs what fits and queues the rest.
-        if self.inflight and self.cost + plan.cost > self._most:
-            self._metrics.rejected("cost")
-            raise _overloaded("The requests at work may already fill the engine's cache several times over.")
-        self._move(1, plan.cost)
+        self._move(1)
         try:
             yield
         finally:
-            self._move(-1, -plan.cost)
+            self._move(-1)
 
-    def _move(self, requests: int, cost: int) -> None:
+    @contextmanager
+    def charge(self, plan: Plan) -> Iterator[None]:
+        """Count what the request may cost while inside. ApiError 503 when that is too much."""
+        # Alone a request may cost what it will: the engine runs what fits and queues the rest.
+        if self.cost and self.cost + plan.cost > self._most:
+            self._metrics.rejected("cost")
+            raise _overloaded("The requests at work may already fill the engine's cache several times over.")
+        self._spend(plan.cost)
+        try:
+            yield
+        finally:
+            self._spend(-plan.cost)
+
+    def _move(self, requests: int) -> None:
         self.inflight += requests
-        self.cost += cost
         if self.inflight == 0:
             self._idle.set()
         elif self._idle.is_set():
             self._idle = anyio.Event()
         self._metrics.inflight.set(self.inflight)
+
+    def _spend(self, cost: int) -> None:
+        self.cost += cost
         self._metrics.queue_cost.set(self.cost)
 
 

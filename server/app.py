@@ -13,7 +13,6 @@ from starlette.middleware import Middleware
 from starlette.responses import Response
 
 from thinkserve.server import __version__, openapi, probes, routes, steering_routes
-from thinkserve.server.asgi import error_message
 from thinkserve.server.auth import Auth, load_keys
 from thinkserve.server.errors import ApiError, from_exception
 from thinkserve.server.middleware import BodyLimit, Guard, RequestContext
@@ -36,7 +35,7 @@ def create_app(settings: Settings, backend: Backend) -> FastAPI:
         middleware=_middlewares(state),
     )
     app.state.server = state
-    app.include_router(routes.router, dependencies=[Depends(_open)])
+    app.include_router(routes.router, dependencies=[Depends(_place)])
     app.include_router(steering_routes.router)
     app.include_router(probes.router)
     for kind in (ApiError, ReasoningError, TimeoutError, RequestValidationError, HTTPException):
@@ -61,10 +60,13 @@ def _middlewares(state: ServerState) -> list[Middleware]:
     ]
 
 
-async def _open(request: Request) -> None:
-    """Turn work away before it is parsed when there is no room for it whatever it is."""
-    if request.method == "POST":
-        request.app.state.server.admission.check()
+async def _place(request: Request) -> AsyncIterator[None]:
+    """A chat's place until it is answered, from before its body is read: to wait for rendering takes room as well."""
+    if request.method != "POST":
+        yield
+        return
+    with request.app.state.server.admission.place():
+        yield
 
 
 async def _answer(request: Request, error: Exception) -> Response:
@@ -74,10 +76,7 @@ async def _answer(request: Request, error: Exception) -> Response:
     told = from_exception(error, request.scope["state"]["request_id"])
     if request.method == "POST":
         state.metrics.refused(told.status, told.code)
-    content, headers = error_message(told)
-    response = Response(content, told.status)
-    response.raw_headers = headers
-    return response
+    return routes.refusal(told)
 
 
 def _document(app: FastAPI) -> dict[str, Any]:

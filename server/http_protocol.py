@@ -1,4 +1,5 @@
-"""uvicorn's h11 protocol with what it lacks: a time limit for request heads, and our error shape for what is not HTTP.
+"""uvicorn's h11 protocol with what it lacks: time limits for request heads and for bodies that come after their answer,
+and our error shape for what is not HTTP.
 
 h11 it must be: the faster parser has no limit on the size of headers.
 """
@@ -9,6 +10,7 @@ import asyncio
 import socket
 import sys
 from http import HTTPStatus
+from typing import Literal
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -17,31 +19,39 @@ from thinkserve.server.asgi import error_message
 from thinkserve.server.errors import ApiError
 
 HEAD_TIMEOUT_S = 10.0
+LINGER_S = 5.0
 STALL_MS = 90_000
 
 
 class Protocol(H11Protocol):
-    """One connection."""
+    """One connection. Whatever the client is to send next, some clock runs for it, here or in uvicorn."""
 
-    _head_timer: asyncio.TimerHandle | None = None
+    _owed: Literal["head", "body"] | None = None
+    _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Start the clock for the first request's head."""
         super().connection_made(transport)  # type: ignore[arg-type]
         _give_up_stalled(transport)
-        self._time_head()
+        self._time("head")
 
     def data_received(self, data: bytes) -> None:
-        """Parse; the clock runs while a head is incomplete."""
+        """Parse; any data stops uvicorn's clock for idle connections, so it is started anew where nothing has begun."""
         super().data_received(data)
-        if self.conn.their_state is h11.IDLE:
-            self._time_head()
-        else:
-            self._stop_timer()
+        self._time(self._owing())
+        if self.conn.their_state is h11.IDLE and self._owed is None:
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+
+    def on_response_complete(self) -> None:
+        """Go on with the next request; a body that was answered before it had come has `LINGER_S` left."""
+        super().on_response_complete()
+        self._time(self._owing())
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the clock."""
-        self._stop_timer()
+        self._time(None)
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
@@ -50,17 +60,27 @@ class Protocol(H11Protocol):
         status = getattr(cause, "error_status_hint", 400)
         self._close_with(status, "headers_too_large" if status == 431 else "invalid_request", msg)
 
-    def _time_head(self) -> None:
-        if self._head_timer is None:
-            self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._head_late)
+    def _owing(self) -> Literal["head", "body"] | None:
+        """What the client has begun to send and nothing but our clock bounds."""
+        ours, theirs = self.conn.our_state, self.conn.their_state
+        if ours is h11.DONE and theirs is h11.SEND_BODY:
+            return "body"
+        return "head" if theirs is h11.IDLE and self.conn.trailing_data[0] else None
 
-    def _stop_timer(self) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
+    def _time(self, owed: Literal["head", "body"] | None) -> None:
+        """Run the clock for what is owed; more data of the same does not set it back."""
+        if owed == self._owed:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._owed, self._timer = owed, None
+        if owed == "head":
+            self._timer = self.loop.call_later(HEAD_TIMEOUT_S, self._head_late)
+        elif owed == "body":
+            # The answer is on its way; closing at once could lose it to a client that is still sending.
+            self._timer = self.loop.call_later(LINGER_S, self.timeout_keep_alive_handler)
 
     def _head_late(self) -> None:
-        self._head_timer = None
         if not self.transport.is_closing():
             self._close_with(408, "request_timeout", "The request's head did not arrive in time.")
 

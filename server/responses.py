@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from time import monotonic
 
@@ -27,7 +27,8 @@ from thinkserve.server.protocol import ChatRequest
 from thinkserve.server.runner import usable
 from thinkserve.server.sse import MARK, EventWriter, Template, comment, data
 from thinkserve.server.state import ServerState
-from thinkserve.server.text_out import TextOut
+from thinkserve.server.text_out import SLICE, TextOut
+from thinkserve.server.wire_types import Completion
 from thinkserve.strategies.engine import Event, Phase, Piece
 from thinkserve.strategies.errors import EngineFailed, ReasoningError
 
@@ -47,14 +48,21 @@ class ChatResponse(Response):
         self.plan, self.chat, self.state = plan, chat, state
 
     async def enter(self, scope: Scope) -> AbstractContextManager[None]:
-        """The place of this request among those at work. Raises EngineFailed; entering it raises ApiError 503."""
+        """What this request may cost. Raises EngineFailed; entering it raises ApiError 503."""
         await self.state.backend.check()
         # Strategies can do without guide and verifier, if they are told to; without their scores they cannot.
         if "reward" in self.plan.roles and not self.state.backend.roles["reward"].alive:
             raise RoleDown("reward")
         self.execution = self.state.runner.open(self.plan, client(scope))
         self.text = TextOut(self.execution.texts, self.plan)
-        return self.state.admission.admit(self.plan)
+        return self.state.admission.charge(self.plan)
+
+    async def pushed(self, piece: Piece) -> AsyncIterator[list[tuple[Phase, str]]]:
+        """What `piece` makes certain, slice by slice; others have their turn in between."""
+        for number, part in enumerate(self.text.slices(piece)):
+            if number:
+                await checkpoint()
+            yield self.text.push(part)
 
     def left(self, exchange: Exchange) -> bool:
         """Whether the client has gone; counted here."""
@@ -109,13 +117,35 @@ class ChatJson(ChatResponse):
             self.text.flush()
             self.headers["server-timing"] = timing(outcome.usage)
             completion = wire_out.completion(self.plan, self.chat, outcome, self.text)
-            self._body = json.dumps(completion, allow_nan=False, separators=(",", ":")).encode()
+            self._body = await encoded(completion)
         except Exception as error:  # noqa: BLE001 - whatever it is, the client is told once the task group is closed
             self._error = self.told(error)
 
     async def _emit(self, item: Piece | Event) -> None:
         if isinstance(item, Piece):
-            self.text.push(item)
+            async for _ in self.pushed(item):
+                pass
+
+
+async def encoded(completion: Completion) -> bytes:
+    """The body as JSON, long log-probabilities slice by slice. Raises ValueError for a number that JSON lacks."""
+    (choice,) = completion["choices"]
+    entries = choice["logprobs"]["content"] if choice["logprobs"] else []
+    if len(entries) <= SLICE:
+        return compact(completion)
+    choice["logprobs"] = wire_out.logprobs([])
+    # No text holds this: the quotation marks of texts are escaped.
+    before, key, after = compact(completion).partition(b'"content":[')
+    parts: list[bytes] = []
+    for start in range(0, len(entries), SLICE):
+        parts.append(compact(entries[start : start + SLICE])[1:-1])
+        await checkpoint()
+    return b"".join((before, key, b",".join(parts), after))
+
+
+def compact(value: object) -> bytes:
+    """JSON without spaces. Raises ValueError for a number that it lacks."""
+    return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
 
 
 def timing(usage: Usage) -> str:
@@ -168,24 +198,30 @@ class ChatStream(ChatResponse):
         if not usable(outcome) and not self.text.reasoning:
             raise self.timed_out()
         blocks = [self._block(phase, text) for phase, text in self.text.flush()]
+        if left := self.text.take_logprobs():
+            # Of tokens at the end that have no text.
+            blocks.append(data(self._chunks.content("", left)))
         blocks.append(data(self._chunks.finish(outcome, stopped=self.text.stopped is not None)))
         if self._counts:
             blocks.append(data(self._chunks.usage(outcome.usage)))
         await self._writer.write(b"".join(blocks))
 
     async def _emit(self, item: Piece | Event) -> None:
-        for phase, text in self._texts(item):
-            if block := self._block(phase, text):
-                await self._writer.write(block)
-        if self._progress and isinstance(item, Event):
+        if isinstance(item, Piece):
+            async for texts in self.pushed(item):
+                await self._show(texts)
+            return
+        if item.type == "leader":
+            await self._show(self.text.anew())
+        if self._progress:
             self._seq += 1
             t_ms = (monotonic() - self._started) * 1000
             await self._writer.write(data(self._chunks.progress(item, self._seq, t_ms)))
 
-    def _texts(self, item: Piece | Event) -> list[tuple[Phase, str]]:
-        if isinstance(item, Piece):
-            return self.text.push(item)
-        return self.text.anew() if item.type == "leader" else []
+    async def _show(self, texts: list[tuple[Phase, str]]) -> None:
+        for phase, text in texts:
+            if block := self._block(phase, text):
+                await self._writer.write(block)
 
     def _block(self, phase: str, text: str) -> bytes:
         if phase == "answer" and self.chat.logprobs:

@@ -5,17 +5,26 @@ Probes, metrics and the exception handlers are the app's.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from time import monotonic
 from typing import Any, cast
 
+from anyio import fail_after
+from anyio.lowlevel import checkpoint_if_cancelled
 from fastapi import APIRouter, Request
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
 from thinkserve.server import __version__, discovery, wire_out
+from thinkserve.server.asgi import error_message
+from thinkserve.server.errors import ApiError, from_exception
+from thinkserve.server.exchange import Exchange
 from thinkserve.server.json_body import read_json
-from thinkserve.server.protocol import parse_chat
+from thinkserve.server.plan import Plan
+from thinkserve.server.protocol import ChatRequest, parse_chat
 from thinkserve.server.responses import ChatJson, ChatStream
 from thinkserve.server.state import ServerState
-from thinkserve.server.translate import to_plan
+from thinkserve.server.translate import Warnings, to_plan, to_timeout
 
 router = APIRouter(generate_unique_id_function=lambda route: route.name)
 UNCHANGED: dict[int | str, dict[str, Any]] = {304: {"description": "The client has this document already."}}
@@ -31,10 +40,47 @@ async def chat_completions(request: Request) -> Response:
     """Plain or streamed; the strategy is chosen by `strategy`, header, model suffix or effort."""
     state, scope = state_of(request), request.scope["state"]
     chat = parse_chat(await read_json(request))
-    plan = await to_plan(chat, request.headers, state, scope["request_id"], scope.get("salt"))
+    try:
+        plan = await prepare(request, chat, state)
+    except TimeoutError as error:
+        # Answered here and not by the app, which counts what never got to work.
+        return refusal(from_exception(error, scope["request_id"]))
     response = ChatStream(plan, chat, state) if chat.stream else ChatJson(plan, chat, state)
     response.headers.update(wire_out.headers(plan, chat))
     return response
+
+
+async def prepare(request: Request, chat: ChatRequest, state: ServerState) -> Plan:
+    """The plan of a chat, with what is left of its deadline: many prompts may be waiting to be rendered.
+
+    Raises what `to_plan` raises. Counts and raises TimeoutError, and ClientDisconnect when the client has left.
+    """
+    started, scope, exchange = monotonic(), request.scope["state"], Exchange(request.receive)
+    timeout_s = to_timeout(chat, request.headers, state.settings, Warnings())
+    made: list[Plan | Exception] = []
+
+    async def work() -> None:
+        try:
+            with fail_after(timeout_s):
+                plan = await to_plan(chat, request.headers, state, scope["request_id"], scope.get("salt"))
+                # Rendering that has begun is not cut short: whether it was too late is found here.
+                await checkpoint_if_cancelled()
+            made.append(plan)
+        except Exception as error:  # noqa: BLE001 - raised below, outside of the task group
+            made.append(error)
+
+    await exchange.run(work)
+    seconds = monotonic() - started
+    if exchange.gone is not None:
+        state.metrics.disconnected("waiting", monotonic() - exchange.gone)
+        state.metrics.request("none", "aborted", seconds)
+        raise ClientDisconnect
+    (plan,) = made
+    if isinstance(plan, TimeoutError):
+        state.metrics.request("none", "deadline", seconds)
+    if isinstance(plan, Exception):
+        raise plan
+    return replace(plan, timeout_s=max(timeout_s - seconds, 0.0))
 
 
 @router.get("/v1/models", tags=["discovery"], summary="The model and its presets")
@@ -67,6 +113,14 @@ async def get_strategy(request: Request, name: str) -> Response:
 async def version() -> Response:
     """The version of this package."""
     return JSONResponse({"version": __version__})
+
+
+def refusal(error: ApiError) -> Response:
+    """An error as a response."""
+    content, headers = error_message(error)
+    response = Response(content, error.status)
+    response.raw_headers = headers
+    return response
 
 
 def tagged(request: Request, document: object) -> Response:

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Protocol
 
 from thinkserve.server.plan import Plan
 from thinkserve.server.wire_types import TokenLogprob, TopLogprob
 from thinkserve.strategies.engine import Detokenizer, ModelInfo, Phase, Piece, Role, Tokens
 
+SLICE = 64  # tokens with log-probabilities that are turned into text at once: a few milliseconds of the event loop
 LOWEST_LOGPROB = -9999.0  # JSON has no minus infinity; vLLM uses the same number
 
 
@@ -60,6 +62,8 @@ class TextOut:
         self._held = ""
         self._arrived = self._released = 0
         self._waiting: deque[tuple[int, TokenLogprob]] = deque()
+        # Text and bytes by token: alternatives recur, and there are no more of them than the vocabulary has tokens.
+        self._spelled: dict[int, tuple[str, list[int]]] = {}
         self._texts: dict[Phase, list[str]] = {"thinking": [], "answer": []}
         self.logprobs: list[TokenLogprob] = []
         self.stopped: str | None = None
@@ -74,6 +78,15 @@ class TextOut:
     def content(self) -> str:
         """The answer so far."""
         return "".join(self._texts["answer"])
+
+    def slices(self, piece: Piece) -> Iterator[Piece]:
+        """What to push of `piece` without a pause: all of it, or `SLICE` tokens where each has log-probabilities."""
+        if piece.phase != "answer" or not self._want_logprobs or len(piece.tokens) <= SLICE:
+            yield piece
+            return
+        for start in range(0, len(piece.tokens), SLICE):
+            part = slice(start, start + SLICE)
+            yield replace(piece, tokens=piece.tokens[part], logprobs=piece.logprobs[part], top=piece.top[part])
 
     def push(self, piece: Piece) -> list[tuple[Phase, str]]:
         """Text that `piece` makes certain: at most one entry per phase, none of them empty."""
@@ -175,5 +188,10 @@ class TextOut:
                 self._waiting.append((self._arrived, entry))
 
     def _entry(self, token: int, logprob: float) -> TopLogprob:
+        text, spelling = self._spelled.get(token) or self._spell(token)
+        return {"token": text, "logprob": max(logprob, LOWEST_LOGPROB), "bytes": spelling}
+
+    def _spell(self, token: int) -> tuple[str, list[int]]:
         text = self._engine.decode((token,))
-        return {"token": text, "logprob": max(logprob, LOWEST_LOGPROB), "bytes": list(text.encode())}
+        self._spelled[token] = text, list(text.encode())
+        return self._spelled[token]

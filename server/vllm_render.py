@@ -142,7 +142,7 @@ class Renderer:
         try:
             with engine_errors():
                 _, prompt = self._renderer.render_messages(messages, params)
-        except (TypeError, KeyError) as error:
+        except (TypeError, KeyError, RecursionError) as error:
             raise BadOptions(f"The chat template cannot render these messages: {error}", "messages") from error
         text = prompt["prompt"]
         # No token is wider than the widest: a text that cannot fit is refused before it is tokenized.

@@ -5,23 +5,27 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import anyio
 import pytest
+from anyio.lowlevel import checkpoint
 from starlette.types import Message, Scope
 
 from thinkserve.server.app import create_app
+from thinkserve.server.responses import compact, encoded
 from thinkserve.server.settings import Settings
 from thinkserve.server.sse import EventWriter, Template, comment, data
 from thinkserve.server.testing import ScriptedBackend
+from thinkserve.server.text_out import SLICE
+from thinkserve.server.wire_types import Completion, TokenLogprob
 from thinkserve.strategies import registry
 from thinkserve.strategies.engine import Answer, Delta, Emit, Engine, Task
 from thinkserve.strategies.errors import EngineFailed
 from thinkserve.strategies.scripted import ScriptedStream
-from thinkserve.strategies.testing import ScriptedEngine
+from thinkserve.strategies.testing import SCRIPTED, ScriptedEngine
 
 pytestmark = pytest.mark.anyio
 
@@ -29,9 +33,11 @@ pytestmark = pytest.mark.anyio
 class Client:
     """An ASGI client that leaves when told to, in the way of ASGI 2.4: the server only says so in `send`."""
 
-    def __init__(self, engine: ScriptedEngine, *, stream: bool, **settings: Any) -> None:
+    def __init__(
+        self, engine: ScriptedEngine, *, stream: bool, fields: Mapping[str, Any] = {}, **settings: Any
+    ) -> None:
         self.app = create_app(Settings(served_name="m", **settings), ScriptedBackend(engine))
-        body = {"model": "m", "stream": stream, "messages": [{"role": "user", "content": "x"}]}
+        body = {"model": "m", "stream": stream, "messages": [{"role": "user", "content": "x"}], **fields}
         self._body: list[Message] = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
         self.sent: list[Message] = []
         self.leaves_after: int | None = None
@@ -154,12 +160,65 @@ async def test_not_a_number_never_gets_out(monkeypatch: pytest.MonkeyPatch) -> N
     genuine = ScriptedStream.__anext__
     monkeypatch.setattr(ScriptedStream, "__anext__", poisoned)
     for stream in (False, True):
-        client = Client(ScriptedEngine(["</think>a"]), stream=stream)
-        body = json.loads(client._body[0]["body"]) | {"logprobs": True}
-        client._body[0]["body"] = json.dumps(body).encode()
-        answer = await client.chat()
+        answer = await Client(ScriptedEngine(["</think>a"]), stream=stream, fields={"logprobs": True}).chat()
         assert b"NaN" not in answer
         assert b"internal_error" in answer
+
+
+LOGPROBS: dict[str, Any] = {"logprobs": True, "top_logprobs": 3}
+
+
+def streamed(answer: bytes) -> list[tuple[str, list[TokenLogprob]]]:
+    """Content and log-probabilities of each chunk that has some."""
+    lines = [line.removeprefix("data: ") for line in answer.decode().split("\n\n") if line.startswith("data: {")]
+    choices = [choice for line in lines for choice in json.loads(line)["choices"]]
+    return [(each["delta"]["content"], each["logprobs"]["content"]) for each in choices if each["logprobs"]]
+
+
+async def test_a_winners_log_probabilities_come_in_slices() -> None:
+    """A race commits its answer at once; it is sent in chunks of some tokens, and no token's entry is lost."""
+    text = "abcdefgh é€ " * 40
+    race = LOGPROBS | {"strategy": {"name": "short-m-at-k", "params": {"k": 2, "m": 1}}, "seed": 1}
+    plain = await Client(ScriptedEngine(["t</think>" + text]), stream=False, fields=race).chat()
+    stream = await Client(ScriptedEngine(["t</think>" + text]), stream=True, fields=race).chat()
+    (choice,) = json.loads(plain)["choices"]
+    chunks = streamed(stream)
+    assert choice["message"]["content"] == "".join(content for content, _ in chunks) == text
+    assert len(choice["logprobs"]["content"]) == len(text.encode())
+    assert [entry for _, entries in chunks for entry in entries] == choice["logprobs"]["content"]
+    assert max(len(entries) for _, entries in chunks) <= SLICE + 3  # with what an unfinished character held back
+
+
+async def test_tokens_at_the_end_without_text_keep_their_log_probabilities() -> None:
+    """In a stream as in the plain answer."""
+    script, info = (*ScriptedEngine([]).encode("t</think>ab"), 1), replace(SCRIPTED, think_open=())
+    plain = await Client(ScriptedEngine([script], info=info), stream=False, fields=LOGPROBS).chat()
+    stream = await Client(ScriptedEngine([script], info=info), stream=True, fields=LOGPROBS).chat()
+    entries = json.loads(plain)["choices"][0]["logprobs"]["content"]
+    assert [entry["token"] for entry in entries] == ["a", "b", ""]
+    assert [entry for _, each in streamed(stream) for entry in each] == entries
+
+
+async def test_a_large_body_is_encoded_in_slices() -> None:
+    """The same bytes, with turns for others in between; not even a text that looks like the place is taken for it."""
+    plain = await Client(ScriptedEngine(['t</think>"logprobs":{"content":[']), stream=False, fields=LOGPROBS).chat()
+    completion: Completion = json.loads(plain)
+    entries = completion["choices"][0]["logprobs"] or {"content": [], "refusal": None}
+    entries["content"] *= 20
+    expected, turns = compact(completion), 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await checkpoint()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(count)
+        body = await encoded(completion)
+        group.cancel_scope.cancel()
+    assert body == expected
+    assert turns >= len(entries["content"]) // SLICE > 5
 
 
 def test_blocks_are_lines_that_clients_understand() -> None:

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from thinkserve.server.plan import Plan
-from thinkserve.server.text_out import TextOut
+from thinkserve.server.text_out import SLICE, TextOut
 from thinkserve.strategies import registry
-from thinkserve.strategies.engine import Piece, Task
+from thinkserve.strategies.engine import Piece, Role, Task
 from thinkserve.strategies.testing import SCRIPTED, ScriptedEngine
 
 # Tags spelled with ordinary tokens: "[T]" and "[/T]", which decode to text unless they are taken out.
@@ -152,3 +152,53 @@ def test_alternatives_are_listed_and_minus_infinity_becomes_a_number(lowest: flo
         {"token": "a", "logprob": -0.5, "bytes": [97]},
         {"token": "b", "logprob": -9999.0, "bytes": [98]},
     ]
+
+
+def long_piece(engine: ScriptedEngine, count: int) -> Piece:
+    """An answer of `count` tokens, each with two alternatives."""
+    tokens = (engine.encode("aé€ b") * count)[:count]
+    top = tuple(((token, -0.5), (token + 1, -1.5)) for token in tokens)
+    return Piece("answer", tokens, tuple(-n / 10 for n in range(count)), top)
+
+
+@pytest.mark.parametrize("count", [0, 1, SLICE, SLICE + 1, 5 * SLICE])
+@pytest.mark.parametrize("stop", [(), ("b" + "aé€ " * 30,)])
+def test_slices_of_a_piece_are_the_piece(count: int, stop: tuple[str, ...]) -> None:
+    """Same text, same entries, none of them large."""
+    engine = ScriptedEngine([])
+    piece = long_piece(engine, count)
+    whole, sliced = (TextOut(engine, plan(stop, logprobs=2)) for _ in range(2))
+    parts = list(sliced.slices(piece))
+    whole.push(piece)
+    for part in parts:
+        sliced.push(part)
+    for out in (whole, sliced):
+        out.flush()
+    assert all(len(part.tokens) <= SLICE for part in parts)
+    assert (sliced.content, sliced.stopped, sliced.logprobs) == (whole.content, whole.stopped, whole.logprobs)
+
+
+def test_only_log_probabilities_are_worth_slicing() -> None:
+    """Thoughts, and answers without them, are decoded at once."""
+    piece = long_piece(ScriptedEngine([]), 10 * SLICE)
+    assert list(TextOut(ScriptedEngine([]), plan()).slices(piece)) == [piece]
+    thoughts = replace(piece, phase="thinking")
+    assert list(TextOut(ScriptedEngine([]), plan(logprobs=2)).slices(thoughts)) == [thoughts]
+
+
+def test_a_token_is_spelled_once() -> None:
+    """However often it is among the alternatives."""
+
+    class Counting(ScriptedEngine):
+        spelled = 0
+
+        def decode(self, tokens: Sequence[int], role: Role = "target") -> str:
+            self.spelled += 1
+            return super().decode(tokens, role)
+
+    engine = Counting([])
+    piece = long_piece(engine, 200)
+    out = TextOut(engine, plan(logprobs=2))
+    out.push(piece)
+    assert engine.spelled == len({token for pairs in piece.top for token, _ in pairs})
+    assert all(entry["bytes"] == list(entry["token"].encode()) for entry in out.logprobs)
