@@ -87,21 +87,30 @@ class Bench:
                 await job.run(server, partial(meter.advance, job.part))
 
     def phases(self) -> Iterator[Phase]:
-        """The phases in order: ours, vLLM's, ours again, and so on."""
-        for number in range(max(2, self.options.chat_rounds)):
-            for launch in self.launches:
-                yield Phase(launch, tuple(self._jobs(launch.name, number)))
+        """The strategies on our server, on vLLM's, on ours again; then chat in rounds, who begins taking turns.
 
-    def _jobs(self, server: str, number: int) -> Iterator[Job]:
-        if number == 0 and {"strategies", "serve"} & set(self.parts):
+        The two servers' shares of a round lie side by side, because the machine does not stay as fast as it is.
+        """
+        chat = range(self.options.chat_rounds if "serve" in self.parts else 0)
+        order = [(number, launch, self._strategies) for number in (0, 1) for launch in self.launches]
+        order += [(number, launch, self._chats) for number in chat for launch in self.launches[:: (-1) ** number]]
+        for number, launch, jobs_of in order:
+            if jobs := tuple(jobs_of(launch.name, number)):
+                yield Phase(launch, jobs)
+
+    def _strategies(self, server: str, number: int) -> Iterator[Job]:
+        if "strategies" not in self.parts:
+            return
+        if number == 0:
             yield self._check(server)
-        if "strategies" in self.parts:
-            problems = self.problems[: None if number == 0 else self.options.drift_problems]
-            rows = {0: self.rows, 1: self.drift}.get(number, ())
-            if mine := [row for row in rows if row.server == server]:
-                yield self._rows(mine, problems)
-        if "serve" in self.parts and number < self.options.chat_rounds:
-            yield self._chat(server, number)
+        problems = self.problems[: None if number == 0 else self.options.drift_problems]
+        if mine := [row for row in (self.drift if number else self.rows) if row.server == server]:
+            yield self._rows(mine, problems)
+
+    def _chats(self, server: str, number: int) -> Iterator[Job]:
+        if number == 0 and "strategies" not in self.parts:
+            yield self._check(server)
+        yield self._chat(server, number)
 
     def _work(self, advance: Callable[[], None]) -> Work:
         return Work(self.options, self.journal, advance)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import anyio
 import anyio.lowlevel
+import pytest
 
 from bench.harness import Options
 from bench.main import Bench, to_the_end
@@ -17,11 +18,20 @@ OPTIONS = Options(model=str(MODEL), problems=3, drift_problems=2, chat_levels=(1
 
 
 def test_servers_take_turns(tmp_path: Path) -> None:
-    """Ours, vLLM's, ours, vLLM's: what drifts meets both."""
+    """Strategies, and the drift; then rounds of chat whose halves lie side by side, begun by either in turn."""
     phases = list(Bench(OPTIONS, ["strategies", "serve"], tmp_path).phases())
 
-    assert ["thinkserve", "vllm"] * 3 == [phase.launch.name for phase in phases]
+    strategies, chat = ["thinkserve", "vllm", "thinkserve"], ["thinkserve", "vllm", "vllm", "thinkserve"]
+    assert [*strategies, *chat, *chat[:2]] == [phase.launch.name for phase in phases]
     assert all(phase.jobs for phase in phases)
+
+
+@pytest.mark.parametrize("parts", [["strategies"], ["serve"], ["strategies", "serve"]])
+def test_the_greedy_answers_of_both_servers_are_asked_for_once(tmp_path: Path, parts: list[str]) -> None:
+    """Whatever is measured."""
+    phases = Bench(OPTIONS, parts, tmp_path).phases()
+
+    assert ["thinkserve", "vllm"] == [p.launch.name for p in phases for job in p.jobs if job.part == "check"]
 
 
 def test_a_phase_that_is_in_the_journal_is_not_missing(tmp_path: Path) -> None:
