@@ -168,6 +168,8 @@ def test_the_engine_that_serves_writes_the_traces_in_no_more_context_than_they_n
         yield Writer()
 
     monkeypatch.setattr(vectors_writer, "started", start)
+    # It is meant for a process of its own: other tests want a torch that compiles.
+    monkeypatch.setattr(cli_budget, "prepare_environment", lambda *_: None)
     questions = model / "questions.jsonl"
     questions.write_text("".join(json.dumps({"prompt": [1, 50 + index] * 5}) + "\n" for index in range(6)))
 
