@@ -14,7 +14,7 @@ import pytest
 
 from thinkserve.guidance.checkpoint import About, save
 from thinkserve.guidance.predictor import Predictor, Size
-from thinkserve.server import cli, vectors_writer
+from thinkserve.server import cli, cli_budget, vectors_writer
 from thinkserve.server.model_dir import StartError, check_model
 from thinkserve.server.settings import Settings
 from thinkserve.server.vllm_guidance import find_predictor
@@ -26,8 +26,9 @@ SIZE = Size.of(hidden=64, blocks=2, vocabulary=640)
 
 @pytest.fixture(autouse=True)
 def _no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever runs the tests may have named a predictor."""
+    """Whoever runs the tests may have named a predictor; and other tests want a torch that compiles."""
     monkeypatch.delenv("THINKSERVE_BUDGET_PREDICTOR", raising=False)
+    monkeypatch.setattr(cli_budget, "prepare_environment", lambda *_: None)
 
 
 @pytest.fixture
@@ -168,8 +169,6 @@ def test_the_engine_that_serves_writes_the_traces_in_no_more_context_than_they_n
         yield Writer()
 
     monkeypatch.setattr(vectors_writer, "started", start)
-    # It is meant for a process of its own: other tests want a torch that compiles.
-    monkeypatch.setattr(cli_budget, "prepare_environment", lambda *_: None)
     questions = model / "questions.jsonl"
     questions.write_text("".join(json.dumps({"prompt": [1, 50 + index] * 5}) + "\n" for index in range(6)))
 
