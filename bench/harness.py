@@ -116,7 +116,7 @@ def run_folder(options: Options, cache: Path = ROOT / ".cache" / "bench") -> Pat
 
 
 def state(options: Mapping[str, object], models: Sequence[str]) -> str:
-    """A name for the state of all that decides figures: options, machine, versions, code, and the models' weights."""
+    """A name for the state of all that decides figures: options, machine, versions, code, and the models' files."""
     digest = hashlib.sha256(json.dumps([dict(options), machine(), versions()]).encode())
     for model in map(Path, models):
         # Vectors and predictors below it, too.

@@ -17,11 +17,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from thinkserve.server.config import load
 from thinkserve.server.model_dir import ModelDir, StartError, find_model
 from thinkserve.server.settings import Settings
 from thinkserve.server.vllm_guidance import FOLDER
-from thinkserve.server.vllm_launch import is_cpu_build, prepare_environment
+from thinkserve.server.vllm_launch import settings_for
 from thinkserve.strategies.errors import ReasoningError
 
 if TYPE_CHECKING:
@@ -60,7 +59,8 @@ def train(
         raise StartError(f"No such file: {traces}")
     found = find_model(model)
     folder = _folder(found, out)
-    settings = _engine(found)
+    # Without the predictor that is yet to be made.
+    settings = settings_for(found, steering=False, guidance=False)
     import torch
 
     from thinkserve.guidance.run import BadTraces, Recipe, Source
@@ -94,16 +94,6 @@ def show(model: Model = None, out: Out = None) -> None:
     encoder = f"{size.layers} layers of width {size.width} over {size.states} states of {size.hidden}"
     facts = {"made for these weights": fits, "encoder": encoder, "vocabulary": size.vocabulary}
     _print(folder, {**facts, "tokens with a line break": len(about.newlines), **about.training})
-
-
-def _engine(model: ModelDir) -> Settings:
-    """The engine that will serve the model, as THINKSERVE_* has it, without the predictor that is yet to be made.
-
-    What torch reads from the environment when it is imported is set. Raises StartError.
-    """
-    settings = load({"model": str(model.path), "steering": False, "guidance": False}, None).settings
-    prepare_environment(settings, is_cpu_build(), model.small)
-    return settings
 
 
 @contextmanager

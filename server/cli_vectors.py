@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from thinkserve.server.config import load
 from thinkserve.server.errors import clean
 from thinkserve.server.model_dir import ModelDir, StartError, find_model
 from thinkserve.server.settings import Settings
@@ -33,7 +32,7 @@ from thinkserve.server.vectors import (
     vector_files,
     vectors_folder,
 )
-from thinkserve.server.vllm_launch import is_cpu_build, prepare_environment
+from thinkserve.server.vllm_launch import settings_for
 from thinkserve.steering.vector_file import BadVector
 from thinkserve.strategies.errors import ReasoningError
 
@@ -193,12 +192,8 @@ def _read(folder: Path, shape: Shape) -> tuple[list[SteeringVector], list[str]]:
 
 
 def _engine(model: ModelDir, folder: Path | None) -> Settings:
-    """The engine that will serve the model, as THINKSERVE_* has it, with room for the same model in transformers.
-
-    What torch reads from the environment when it is imported is set. Raises StartError.
-    """
-    settings = load({"model": str(model.path), "vectors_dir": folder, "steering": True}, None).settings
-    prepare_environment(settings, is_cpu_build(), model.small)
+    """The engine that will serve the model, with room for the same model in transformers. Raises StartError."""
+    settings = settings_for(model, vectors_dir=folder, steering=True)
     share = min(settings.gpu_memory_utilization, GPU_SHARE)
     return settings.model_copy(update={"gpu_memory_utilization": share})
 

@@ -139,7 +139,7 @@ class _Limited(Through):
             raise StopAsyncIteration
         limits = self._limits
         if (ended := limits.ending()) is not None:
-            return self._last(Delta(), ended)
+            return self._cut_off(ended)
         self._reader = reader = asyncio.current_task()
         before = reader.cancelling() if reader else 0
         try:
@@ -149,7 +149,7 @@ class _Limited(Through):
             # Someone else may have cancelled the reader as well; that is not ours to swallow.
             if reader is None or ended is None or not self._woken or reader.uncancel() > before:
                 raise
-            return self._last(Delta(), ended)
+            return self._cut_off(ended)
         finally:
             self._reader = None
         limits.spend(len(delta.tokens))
@@ -158,6 +158,10 @@ class _Limited(Through):
             return delta if ended is None else self._last(delta, ended)
         self._over = True
         return replace(delta, finish="ceiling") if self._cut and delta.finish == "length" else delta
+
+    def _cut_off(self, ended: End) -> Delta:
+        """What had been written at the deadline; behind the ceiling nothing is wanted."""
+        return self._last(self._inner.unread() if ended == "deadline" else Delta(), ended)
 
     def _last(self, delta: Delta, finish: Finish) -> Delta:
         self._over = True

@@ -106,6 +106,10 @@ class RemoteStream:
             return await self._last(self._finish)
         return self._delta(None)
 
+    def unread(self) -> Delta:
+        """What has arrived and was not read."""
+        return self._delta(None)
+
     async def _last(self, finish: str) -> Delta:
         """The last delta, once the server has said what the job cost; a stream cut off after its finish is whole."""
         self._left = True

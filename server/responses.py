@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, suppress
 from time import monotonic
 
@@ -56,13 +56,6 @@ class ChatResponse(Response):
         self.execution = self.state.runner.open(self.plan, client(scope))
         self.text = TextOut(self.execution.texts, self.plan)
         return self.state.admission.charge(self.plan)
-
-    async def pushed(self, piece: Piece) -> AsyncIterator[list[tuple[Phase, str]]]:
-        """What `piece` makes certain, slice by slice; others have their turn in between."""
-        for number, part in enumerate(self.text.slices(piece)):
-            if number:
-                await checkpoint()
-            yield self.text.push(part)
 
     def left(self, exchange: Exchange) -> bool:
         """Whether the client has gone; counted here."""
@@ -123,8 +116,11 @@ class ChatJson(ChatResponse):
 
     async def _emit(self, item: Piece | Event) -> None:
         if isinstance(item, Piece):
-            async for _ in self.pushed(item):
-                pass
+            for number, part in enumerate(self.text.slices(item)):
+                # Others have their turn between slices.
+                if number:
+                    await checkpoint()
+                self.text.push(part)
 
 
 async def encoded(completion: Completion) -> bytes:
@@ -208,8 +204,10 @@ class ChatStream(ChatResponse):
 
     async def _emit(self, item: Piece | Event) -> None:
         if isinstance(item, Piece):
-            async for texts in self.pushed(item):
-                await self._show(texts)
+            for number, part in enumerate(self.text.slices(item)):
+                if number:
+                    await checkpoint()
+                await self._show(self.text.push(part))
             return
         if item.type == "leader":
             await self._show(self.text.anew())

@@ -26,6 +26,7 @@ from thinkserve.strategies.registry import Strategy, StreamMode
 
 TIMEOUT_HEADER = "X-Request-Timeout-Ms"
 LONGEST_TIMEOUT_S = 3600.0
+UNWATCHED = 16  # tokens per delta that nobody reads along
 COLDEST = 0.01  # as vLLM: a positive temperature below this is numerically unsafe
 
 
@@ -86,6 +87,7 @@ async def to_plan(chat: ChatRequest, headers: Headers, serving: Serving, request
         logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
         question=question(chat),
     )
+    task = replace(task, interval=to_interval(chat, choice, task))
     return Plan(
         request_id=request_id,
         model=chat.model,
@@ -218,6 +220,16 @@ def total(chat: ChatRequest, settings: Settings) -> int:
     """Tokens that all chains may generate together: the client's ceiling within the operator's."""
     asked = chat.choice.max_total_tokens if chat.choice else None
     return min(asked or settings.max_request_tokens, settings.max_request_tokens)
+
+
+def to_interval(chat: ChatRequest, choice: Choice, task: Task) -> int:
+    """Tokens per delta of chains that the strategy does not look at: several if nothing else does, and none is bound.
+
+    Everybody else's tokens wait while one is handed on through the layers of a request.
+    """
+    watched = chat.stream or chat.stops or task.logprobs is not None
+    bound = task.max_total_tokens is not None and choice.options.chains() * task.max_tokens > task.max_total_tokens
+    return 1 if watched or bound else UNWATCHED
 
 
 def to_seed(chat: ChatRequest) -> int | None:

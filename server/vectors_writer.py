@@ -20,7 +20,8 @@ from thinkserve.steering.extract import to_layers
 from thinkserve.steering.vector_file import VectorFile
 from thinkserve.steering.writer import Vectors, Written, split
 from thinkserve.strategies.controls import Steer
-from thinkserve.strategies.engine import Job, Sampling, Tokens, chain_seed
+from thinkserve.strategies.engine import Job, Sampling, Tokens
+from thinkserve.strategies.seeds import chain_seed
 from thinkserve.strategies.streams import whole
 from thinkserve.strategies.together import together
 

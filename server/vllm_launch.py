@@ -18,8 +18,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from thinkserve.server.config import load
 from thinkserve.server.deployment import Local
-from thinkserve.server.model_dir import StartError, one_line
+from thinkserve.server.model_dir import ModelDir, StartError, one_line
 from thinkserve.server.settings import Settings
 from thinkserve.server.vllm_args import eager, engine_args
 from thinkserve.server.vllm_fork import children_die_with_us, run_together
@@ -120,6 +121,16 @@ def prepare_environment(settings: Settings, cpu: bool, small: bool) -> None:
         defaults |= {"TORCHDYNAMO_DISABLE": "1"}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+
+
+def settings_for(model: ModelDir, **chosen: object) -> Settings:
+    """What a command starts an engine of its own with: THINKSERVE_* has it, but for what is `chosen`.
+
+    What torch reads from the environment when it is imported is set. Raises StartError.
+    """
+    settings = load({"model": str(model.path), **chosen}, None).settings
+    prepare_environment(settings, is_cpu_build(), model.small)
+    return settings
 
 
 def check_names() -> None:

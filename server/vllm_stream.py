@@ -79,6 +79,8 @@ def sampling_params(job: Job, info: ModelInfo, asked: dict[str, Any], **more: An
             logprobs=job.logprobs,
             flat_logprobs=True,
             output_kind=RequestOutputKind.DELTA,
+            # What comes with each step's output would be lost with it.
+            stream_interval=job.interval if job.interval > 1 and job.logprobs is None and not job.stats else None,
             skip_clone=True,
             extra_args={KEY: asked} if asked else None,
             **more,
@@ -226,6 +228,15 @@ class VllmStream(Submitted):
             await self.next_output()
         return self._next()
 
+    def unread(self) -> Delta:
+        """What is here and what vLLM holds back; nothing of a job with statistics or log-probabilities is held back."""
+        state = self._llm.output_processor.request_states.get(self._id)
+        if state is not None and self._params.stream_interval is not None:
+            written = state.detokenizer.output_token_ids
+            self._tokens += written[state.sent_tokens_offset :]
+            state.sent_tokens_offset = len(written)
+        return self._delta(None)
+
     def _next(self) -> Delta:
         finish = None
         if self._finish is not None:
@@ -237,6 +248,9 @@ class VllmStream(Submitted):
             raise EngineDead("The engine is gone.") from self._error
         if self._job.stats and len(self._said) != len(self._tokens):
             raise EngineFailed("The engine left out the statistics of a token.")
+        return self._delta(finish)
+
+    def _delta(self, finish: Finish | None) -> Delta:
         delta = Delta(tuple(self._tokens), tuple(self._logprobs), tuple(self._top), finish, tuple(self._said))
         self._said.clear()
         self._tokens.clear()

@@ -128,7 +128,7 @@ class Race:
         try:
             with lane.scope:
                 await self.emit(Event("chain.started", lane.index))
-                async with self.engine.generate(lane.job) as stream:
+                async with self.engine.generate(self._job(lane, watched=bool(on_finish or on_token))) as stream:
                     async for delta in stream:
                         lane.push(delta)
                         await self._judge(lane, on_finish, on_token)
@@ -143,6 +143,10 @@ class Race:
             await self.emit(Event("error", lane.index, {"message": str(error)}))
             return
         await self.emit(Event("chain.finished" if lane.finish else "chain.aborted", lane.index, lane.summary()))
+
+    def _job(self, lane: Lane, *, watched: bool) -> Job:
+        """What the engine is to do; of chains that nobody decides on before their end, in long deltas."""
+        return lane.job if watched else replace(lane.job, interval=self.task.interval)
 
     async def _judge(self, lane: Lane, on_finish: Decide | None, on_token: Decide | None) -> None:
         if lane.place is None and lane.done_thinking:

@@ -129,8 +129,8 @@ class Thought:
             self.inject(delta.tokens)
             return None
         for at, token in enumerate(delta.tokens):
-            ended, ending = self._sentences.ended((token,)), self._pending(delta.tokens[at:])
-            if ended and ending and (splice := self._splice(ending, at, room)):
+            ended = self._sentences.ended((token,))
+            if ended and (ending := self._pending(delta, at)) and (splice := self._splice(ending, at, room)):
                 return splice
             self._phases.push((token,))
             self._tail = (self._tail + self._sentences.text)[-2:]
@@ -139,14 +139,14 @@ class Thought:
                 return None
             if self._phases.phase == "thinking":
                 self.take(token, self._sentences.text)
-            ending = self._pending(delta.tokens[at + 1 :])
+            ending = self._pending(delta, at + 1)
             if ending and self._now(ending) and (splice := self._splice(ending, at + 1, room)):
                 return splice
         return None
 
-    def _pending(self, dropped: Tokens) -> Ending | None:
-        """The ending to carry out if it would drop these tokens; none if they hold a closing tag, or begin one."""
-        return None if self._ending is None or self.info.think_close[0] in dropped else self._ending
+    def _pending(self, delta: Delta, keep: int) -> Ending | None:
+        """The ending that may be carried out behind `keep` tokens; none if a closing tag would be dropped, or begun."""
+        return None if self._ending is None or self.info.think_close[0] in delta.tokens[keep:] else self._ending
 
     def _now(self, ending: Ending) -> bool:
         return ending.at_once or self.length - self._decided >= self._longest_sentence

@@ -72,16 +72,21 @@ class ScriptedStream:
         self.waited = 0
         if self.error is not None and self._read == len(self.tokens):
             raise self.error
+        self._over = self.finish is not None
+        return self.unread()
+
+    def unread(self) -> Delta:
+        """What has been written and not read."""
         places = self._sources[self._read :]
         new, self._read = tuple(self.tokens[self._read :]), len(self.tokens)
-        self._over = self.finish is not None
         stats = tuple(self.stats(self.index, place - 1) for place in places) if self.job.stats else ()
         return Delta(new, tuple(map(_logprob, new)), self._alternatives(new), self.finish, stats)
 
     @property
     def pending(self) -> bool:
-        """Whether a reader need not wait: unread tokens, the end, or a failure."""
-        return self._read < len(self.tokens) or self.finish is not None or self.error is not None
+        """Whether a reader need not wait: the first token, as many unread ones as it asked for, the end, a failure."""
+        enough = self._read + self.job.interval if self._read else 1
+        return len(self.tokens) >= enough or self.finish is not None or self.error is not None
 
     def advance(self, count: int = 1) -> None:
         """Write up to `count` tokens, until the job ends or fails."""

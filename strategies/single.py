@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from thinkserve.strategies.engine import Answer, Emit, Engine, Event, Finish, Job, Phase, StoppedBy, Task
+from dataclasses import replace
+
+from thinkserve.strategies.engine import Answer, Control, Emit, Engine, Event, Finish, StoppedBy, Task
 from thinkserve.strategies.pieces import Transcript, write
 from thinkserve.strategies.registry import Options, Supports, strategy
 
@@ -14,12 +16,13 @@ class SingleOptions(Options):
 @strategy("single", options=SingleOptions, supports=Supports(over=True))
 async def run(task: Task, engine: Engine, emit: Emit, options: SingleOptions) -> Answer:
     """One chain, streamed as it is written."""
-    return await stream_chain(task.job(), task.phase, engine, emit)
+    return await stream_chain(task, engine, emit)
 
 
-async def stream_chain(job: Job, phase: Phase | None, engine: Engine, emit: Emit) -> Answer:
-    """Run a job as chain 0, every delta emitted at once; for all strategies of one chain."""
-    transcript = Transcript(engine.info(), phase)
+async def stream_chain(task: Task, engine: Engine, emit: Emit, controls: tuple[Control, ...] = ()) -> Answer:
+    """The task's chain 0, every delta emitted at once; for strategies that do not look at what it writes."""
+    transcript = Transcript(engine.info(), task.phase)
+    job = replace(task.job(), interval=task.interval, controls=controls)
     finish: Finish = "stop"
     await emit(Event("chain.started", 0))
     async with engine.generate(job) as stream:

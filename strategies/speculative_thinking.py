@@ -28,12 +28,13 @@ from anyio import create_task_group
 from pydantic import Field
 
 from thinkserve.strategies.chain import continued
-from thinkserve.strategies.engine import Answer, Delta, Emit, Engine, Event, Finish, Job, Role, Task, Tokens, chain_seed
+from thinkserve.strategies.engine import Answer, Delta, Emit, Engine, Event, Finish, Job, Role, Task, Tokens
 from thinkserve.strategies.errors import LOST, Lost, leading
 from thinkserve.strategies.pieces import Transcript, injected, write
 from thinkserve.strategies.reflection import CERTAINTY, DOUBT, VERIFICATION, Label, Lists, hits, label
 from thinkserve.strategies.registry import Options, Supports, strategy
 from thinkserve.strategies.scale import FULL_CONTEXT, scaled
+from thinkserve.strategies.seeds import successor
 from thinkserve.strategies.single import STOPPED_BY
 from thinkserve.strategies.streams import growing, whole
 from thinkserve.strategies.text import before
@@ -242,8 +243,7 @@ class _Chain:
                 await self._commit(delta, job.role)
         written = tuple(self.transcript.tokens[start:])
         paused = bool(job.stop) and BLANK in self._engine.decode(written) and written[-1] not in self._info.eos
-        short = job.role == "target" and len(written) < job.max_tokens
-        self._end(finish, paused=paused, short=short)
+        self._end(finish, paused=paused, short=job.role == "target" and len(written) < job.max_tokens)
         return written
 
     async def _commit(self, delta: Delta, by: Role | Literal["cue"]) -> None:
@@ -278,7 +278,7 @@ class _Chain:
             job,
             tuple(self.transcript.tokens),
             max_tokens=min(most, self._room),
-            seed=chain_seed(job.seed, number) if number and job.seed is not None else job.seed,
+            seed=successor(job.seed, number) if number else job.seed,
             thinking_budget=self._thinking_left(),
             stop_tokens=self._info.eos if role == "guide" else (),
             role=role,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from thinkserve.strategies.around import Around, AroundChain
@@ -93,8 +93,9 @@ class Modified(Around):
     @asynccontextmanager
     async def chain(self, job: Job) -> AsyncIterator[Chain]:
         """Open a chain under watch."""
-        async with self._inner.chain(job) as chain:
-            if job.role != "target" or not self.info().reasons:
+        watched = job.role == "target" and self.info().reasons
+        async with self._inner.chain(replace(job, interval=1) if watched else job) as chain:
+            if not watched:
                 yield chain
                 return
             async with self.follow(job) as watcher:
@@ -163,6 +164,9 @@ class _Spliced:
         chain.splice(len(delta.tokens) - splice.keep, splice.tokens)
         self._streams.append(await self._stack.enter_async_context(self._begin(self._room)))
         return _joined(delta, splice.keep, injected(splice.tokens, chain.job.logprobs, stats=chain.job.stats))
+
+    def unread(self) -> Delta:
+        return self._streams[-1].unread()
 
 
 def _joined(delta: Delta, keep: int, ours: Delta) -> Delta:

@@ -9,8 +9,6 @@ h is the output of a block. The vector is raw, so a scale means something for it
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from pydantic import Field
 
 from thinkserve.strategies.controls import Positions, Steer
@@ -49,4 +47,4 @@ class SteeringOptions(Options):
 async def run(task: Task, engine: Engine, emit: Emit, options: SteeringOptions) -> Answer:
     """One chain, steered towards shorter thinking by a vector added to its hidden states."""
     await emit(Event("steer.applied", 0, {"vector": options.vector, "scale": options.scale}))
-    return await stream_chain(replace(task.job(), controls=options.controls()), task.phase, engine, emit)
+    return await stream_chain(task, engine, emit, options.controls())

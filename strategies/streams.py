@@ -31,6 +31,10 @@ class Through:
     async def __anext__(self) -> Delta:
         return await self._inner.__anext__()
 
+    def unread(self) -> Delta:
+        """What has been written and not read."""
+        return self._inner.unread()
+
 
 class Recorded(Through):
     """A stream whose tokens are added to a list as they are read."""
@@ -42,7 +46,13 @@ class Recorded(Through):
         self._tokens = tokens
 
     async def __anext__(self) -> Delta:
-        delta = await super().__anext__()
+        return self._record(await super().__anext__())
+
+    def unread(self) -> Delta:
+        """What has been written and not read; now it has."""
+        return self._record(super().unread())
+
+    def _record(self, delta: Delta) -> Delta:
         self._tokens.extend(delta.tokens)
         return delta
 
@@ -64,6 +74,11 @@ class Told:
         if delta is None:
             raise StopAsyncIteration
         return delta
+
+    def unread(self) -> Delta:
+        """What has not been said."""
+        delta, self._delta = self._delta, None
+        return delta or Delta()
 
 
 class Ended(Told):

@@ -17,7 +17,7 @@ from typing import Any
 import anyio
 from anyio.lowlevel import checkpoint
 
-from thinkserve.strategies.chain import ResubmittedChain, successor
+from thinkserve.strategies.chain import ResubmittedChain
 from thinkserve.strategies.engine import (
     Answer,
     Chain,
@@ -46,6 +46,7 @@ from thinkserve.strategies.scripted import (
     plain_stats,
     text_bytes,
 )
+from thinkserve.strategies.seeds import successor
 
 SCRIPTED = ModelInfo(
     "scripted", context=1 << 20, vocab_size=FIRST_BYTE + 256, eos=(0,), think_open=(1,), think_close=(2,)

@@ -16,19 +16,20 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import count
 
-from thinkserve.strategies.engine import Answer, Delta, Emit, Engine, Event, Finish, Path, StoppedBy, Task, chain_seed
+from thinkserve.strategies.engine import Answer, Delta, Emit, Engine, Event, Finish, Path, StoppedBy, Task
 from thinkserve.strategies.errors import LOST
 from thinkserve.strategies.pieces import Transcript
 from thinkserve.strategies.rewards import RewardOptions, aggregated, cleaned, solution_steps
+from thinkserve.strategies.seeds import successor
 from thinkserve.strategies.single import STOPPED_BY
 from thinkserve.strategies.together import together
 from thinkserve.strategies.tree_budget import Limits, Spent, answer_room
 from thinkserve.strategies.tree_node import Node, slots
 from thinkserve.strategies.tree_write import Allowance, Draft, Writer
 
+# Why a search may not go on, where it is neither the request's end nor a limit.
+REWARDS = "rewards"
 GREEDY = "greedy sampling makes all proposals equal; each node gets one"
-# Why a search ended, where it is not a limit of its own.
-ENDED = {"rewards": "; stopped by the loss of its reward model"}
 
 
 class Tree:
@@ -51,11 +52,10 @@ class Tree:
         self.spent = Spent()
         self.warnings: list[str] = []
         self.ended: Finish | None = None
-        self.blind = False
-        self.root = Node(0, None, task.seed, left=limits.path)
-        self.nodes = [self.root]
         # What kept this search, or a branch of it, from going on.
         self._refused: str | None = None
+        self.root = Node(0, None, task.seed, left=limits.path)
+        self.nodes = [self.root]
         self._rewards = rewards
         self._writer = Writer(task, engine, logprobs=logprobs)
         self._numbers = count(1)
@@ -68,7 +68,7 @@ class Tree:
     @property
     def over(self) -> str | None:
         """Why the search may not go on: the request has ended, one of its own limits is reached, rewards are lost."""
-        return self.ended or self._refused or self.spent.over(self.limits) or ("rewards" if self.blind else None)
+        return self.ended or self._refused or self.spent.over(self.limits)
 
     @property
     def ends(self) -> list[Node]:
@@ -92,7 +92,7 @@ class Tree:
             tree = Tree(self.task, self.engine, self.emit, self.limits.share(self.spent, searches), self._rewards)
             # Numbers that do not depend on who is faster, none of them twice.
             tree._numbers = count(first + index, searches + 1)
-            tree.ended, tree.blind = self.ended, self.blind
+            tree.ended, tree._refused = self.ended, self._refused
             trees.append(tree)
         self._numbers = count(first + searches, searches + 1)
         return trees
@@ -102,7 +102,7 @@ class Tree:
         self._refused = self._refused or other._refused
         self.spent.add(other.spent)
         self.warnings += [text for text in other.warnings if text not in self.warnings]
-        self.ended, self.blind = self.ended or other.ended, self.blind or other.blind
+        self.ended = self.ended or other.ended
         self.nodes += other.nodes[1:]
 
     async def expand(self, counts: Mapping[Node, int]) -> list[Node]:
@@ -147,7 +147,7 @@ class Tree:
             return
         except LOST as error:
             self.warn(self._rewards.lose(error))
-            self.blind = True
+            self._refused = REWARDS
             return
         self.spent.passes += len(wanted)
         for node, score in zip(wanted, scores, strict=True):
@@ -177,7 +177,8 @@ class Tree:
             start, node = node, await self.finish(node)
             reason = f"no proposal was complete; {reason}" + (", written to the end" if node is not start else "")
         over = self.ended or (None if decided else self.over)
-        reason = f"{reason}; {self.spent}" + (ENDED.get(over, f"; stopped by its limit of {over}") if over else "")
+        why = "the loss of its reward model" if over == REWARDS else f"its limit of {over}"
+        reason = f"{reason}; {self.spent}" + (f"; stopped by {why}" if over else "")
         await self.emit(Event("winner", None, {"node": node.id, "reason": reason}))
         transcript = self.transcript(node)
         for piece in transcript.take():
@@ -206,7 +207,7 @@ class Tree:
         return drafts[:most]
 
     def _draft(self, node: Node) -> Draft:
-        seed = None if node.seed is None else chain_seed(node.seed, node.proposed)
+        seed = successor(node.seed, node.proposed)
         node.proposed += 1
         return Draft(node, seed)
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from thinkserve.strategies.chain import successor
 from thinkserve.strategies.engine import Delta, Engine, Finish, Job, Task, Tokens
 from thinkserve.strategies.errors import EngineDead, EngineFailed
+from thinkserve.strategies.seeds import successor
 from thinkserve.strategies.text import Phases
 from thinkserve.strategies.tree_node import Node
 

@@ -130,7 +130,7 @@ class Trimr(Modified):
 async def run(task: Task, engine: Engine, emit: Emit, options: TrimrOptions) -> Answer:
     """One chain whose thinking ends once its results agree, will not come, or it goes in circles."""
     trimmed = Trimr(engine, task, emit, options)
-    answer = await stream_chain(task.job(), task.phase, trimmed, emit)
+    answer = await stream_chain(task, trimmed, emit)
     return replace(answer, warnings=(*answer.warnings, *trimmed.warnings))
 
 

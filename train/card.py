@@ -34,7 +34,8 @@ mistakes of its own. It knows three kinds of problem and nothing else; it is not
 
 ## Evaluation
 `python -m thinkserve.train --evaluate` measures this again and rewrites this card.
-{n} fresh problems of medium difficulty, T=0.7 unless greedy.
+{n} fresh problems of medium difficulty, T=0.7 unless greedy. pass@1 is of 8 chains for each problem, its interval by
+resampling problems; where a problem has one answer to count, the interval is Wilson's.
 
 | measure | value | 95% interval |
 |---|---|---|

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any, Protocol
 
 from tokenizers import Tokenizer
@@ -17,6 +18,7 @@ from thinkserve.train.data import spans_of
 from thinkserve.train.side_tasks import Document, exists, forced, judge, same
 from thinkserve.train.tasks import KINDS, Level, Problem, problems
 
+RESAMPLES = 2000
 VERDICT = re.compile(r"(?:Yes|No)\b")
 
 
@@ -48,6 +50,20 @@ def rate(hits: Sequence[bool]) -> dict[str, float]:
     """A proportion with its interval."""
     low, high = wilson(sum(hits), len(hits))
     return {"value": round(sum(hits) / max(1, len(hits)), 4), "low": round(low, 4), "high": round(high, 4)}
+
+
+def pass_rate(groups: Sequence[Sequence[bool]]) -> dict[str, float]:
+    """Share of right chains, `groups` holding those of one problem each; a 95% interval by resampling problems.
+
+    Chains of one problem are right or wrong together far more often than by chance. Bounds are 0 and 1 without groups.
+    """
+    shares = [sum(group) / len(group) for group in groups]
+    if not shares:
+        return {"value": 0.0, "low": 0.0, "high": 1.0}
+    rng = random.Random(0)
+    draws = sorted(fmean(rng.choices(shares, k=len(shares))) for _ in range(RESAMPLES))
+    edge = RESAMPLES // 40
+    return {"value": round(fmean(shares), 4), "low": round(draws[edge], 4), "high": round(draws[-edge - 1], 4)}
 
 
 class Sampler(Protocol):
@@ -89,11 +105,12 @@ class Evaluation:
         greedy = self.solve(tasks, 0.0)
         flat = self.solve([p for p in tasks for _ in range(k)], 0.7)
         chains = [flat[i : i + k] for i in range(0, len(flat), k)]
+        kinds = {kind: [group for group in chains if group[0].problem.kind == kind] for kind in KINDS}
         return {
             "level": level,
             "problems": n,
             "greedy_pass@1": rate([t.right for t in greedy]),
-            "pass@1": rate([t.right for t in flat]),
+            "pass@1": pass_rate(rights(chains)),
             f"majority@{k}": rate([vote(group) for group in chains]),
             f"short-1@{k}": rate([vote(shortest(group, 1)) for group in chains]),
             f"short-3@{k}": rate([vote(shortest(group, 3)) for group in chains]),
@@ -101,7 +118,7 @@ class Evaluation:
             "mean_tokens": mean(flat),
             "mean_tokens_right": mean([t for t in flat if t.right]),
             "mean_tokens_wrong": mean([t for t in flat if not t.right]),
-            "by_kind": {kind: rate([t.right for t in flat if t.problem.kind == kind]) for kind in KINDS},
+            "by_kind": {kind: pass_rate(rights(groups)) for kind, groups in kinds.items()},
         }
 
     def brief(self, level: Level, n: int) -> dict[str, Any]:
@@ -149,6 +166,11 @@ def vote(trials: list[Trial]) -> bool:
     best = max(votes.values())
     leaders = [t for t in trials if t.answer is not None and votes[t.answer] == best]
     return min(leaders, key=lambda t: t.tokens).right
+
+
+def rights(groups: Sequence[Sequence[Trial]]) -> list[list[bool]]:
+    """Which chains of each problem are right."""
+    return [[trial.right for trial in group] for group in groups]
 
 
 def shortest(trials: list[Trial], m: int) -> list[Trial]:

@@ -36,7 +36,8 @@ family's three kinds of problem, written as the family writes them, and nothing 
 ## Evaluation
 `python -m thinkserve.train --only prm --evaluate` measures this again and rewrites this card.
 {chains} chains that {author} wrote at T=0.7 for
-{problems} fresh problems of the evaluation split, 8 for each. Intervals are 95%, by resampling problems.
+{problems} fresh problems of the evaluation split, 8 for each. Intervals are 95%, by resampling problems; Wilson's where
+a problem has one answer to count.
 
 | steps | AUROC | 95% interval | steps | share right |
 |---|---|---|---|---|

@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer
 
 from thinkserve.strategies.text import boxed
-from thinkserve.train.evaluate import Trial, rate, vote
+from thinkserve.train.evaluate import Trial, pass_rate, rate, rights, vote
 from thinkserve.train.model import IGNORE, rotations
 from thinkserve.train.prm import RewardModel
 from thinkserve.train.prm_chains import Chain
@@ -174,11 +174,12 @@ def selection(scored: Sequence[Scored]) -> dict[str, dict[str, float]]:
     for one in scored:
         groups[one.chain.problem.question].append(one)
     best = {f"best by {name}": rate([chosen(g, rule) for g in groups.values()]) for name, rule in AGGREGATES.items()}
+    trials = [[trial(one) for one in group] for group in groups.values()]
     return {
-        "pass@1": rate([trial(one).right for one in scored]),
-        "majority": rate([vote([trial(one) for one in group]) for group in groups.values()]),
+        "pass@1": pass_rate(rights(trials)),
+        "majority": rate([vote(group) for group in trials]),
         **best,
-        "any right": rate([any(trial(one).right for one in group) for group in groups.values()]),
+        "any right": rate([any(group) for group in rights(trials)]),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from random import Random
 
 import anyio
@@ -12,7 +13,7 @@ from anyio.from_thread import BlockingPortal
 from prometheus_client import REGISTRY
 
 from thinkserve.server.vllm_engine import VllmBackend
-from thinkserve.strategies.engine import Job, Sampling, Tokens
+from thinkserve.strategies.engine import Delta, Job, Sampling, Tokens
 
 PROMPT: Tokens = (5, 6, 7, 8, 9)
 
@@ -97,6 +98,54 @@ def test_a_cancel_at_any_turn_leaves_nothing_behind(portal: BlockingPortal, back
     portal.call(scenario)
 
 
+def test_tokens_come_together_where_the_job_says_so(portal: BlockingPortal, backend: VllmBackend) -> None:
+    """The first at once, then at least so many, then the rest; they are the same tokens."""
+
+    async def deltas(job: Job) -> list[Delta]:
+        async with backend.engine("together").generate(job) as stream:
+            return [delta async for delta in stream]
+
+    async def scenario() -> None:
+        job = endless(backend, max_tokens=50)
+        single, many = await deltas(job), await deltas(replace(job, interval=16))
+        assert [token for delta in many for token in delta.tokens] == [t for delta in single for t in delta.tokens]
+        first, *middle, last = [len(delta.tokens) for delta in many]
+        # A reader that is late gets more.
+        assert first <= 16 <= min(middle)
+        assert (True, "length") == (len(middle) <= 3, many[-1].finish)
+        assert 50 == 1 + sum(middle) + last
+        numbered = await deltas(replace(job, interval=16, logprobs=0))
+        assert [delta.tokens for delta in many] != [delta.tokens for delta in numbered]
+        assert 50 == sum(len(delta.logprobs) for delta in numbered)
+
+    portal.call(scenario)
+
+
+def test_what_was_held_back_can_be_read(
+    portal: BlockingPortal, backend: VllmBackend, counted: Callable[[], int]
+) -> None:
+    """Every token that was counted, once: at a deadline nothing is lost."""
+
+    async def scenario() -> None:
+        await assert_idle(backend)
+        before, read = counted(), list[int]()
+        async with backend.engine("held").generate(replace(endless(backend), interval=500)) as stream:
+            read += (await anext(stream)).tokens
+            for _ in range(3):
+                with anyio.move_on_after(0.1):
+                    await anext(stream)
+                read += stream.unread().tokens
+                assert len(read) == stream.generated
+        await anyio.sleep(0.1)
+        assert 1 < len(read) < 500
+        assert counted() - before == stream.generated >= len(read)
+        again = replace(endless(backend), max_tokens=len(read))
+        async with backend.engine("held").generate(again) as stream:
+            assert read == [token async for delta in stream for token in delta.tokens]
+
+    portal.call(scenario)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_generated_equals_the_counter_of_vllm(
     portal: BlockingPortal, backend: VllmBackend, counted: Callable[[], int], seed: int
@@ -107,7 +156,8 @@ def test_generated_equals_the_counter_of_vllm(
 
     async def chain(index: int, limit: int, leave: int, pause: float) -> int:
         read = 0
-        async with backend.engine(f"mix-{index}").generate(endless(backend, seed=index, max_tokens=limit)) as stream:
+        job = replace(endless(backend, seed=index, max_tokens=limit), interval=draw.choice([1, 16]))
+        async with backend.engine(f"mix-{index}").generate(job) as stream:
             with anyio.move_on_after(0.2):
                 await anyio.sleep(pause)
                 while read < leave:

@@ -14,7 +14,7 @@ import pytest
 
 from thinkserve.guidance.checkpoint import About, save
 from thinkserve.guidance.predictor import Predictor, Size
-from thinkserve.server import cli, cli_budget, vectors_writer
+from thinkserve.server import cli, vectors_writer, vllm_launch
 from thinkserve.server.model_dir import StartError, check_model
 from thinkserve.server.settings import Settings
 from thinkserve.server.vllm_guidance import find_predictor
@@ -28,7 +28,7 @@ SIZE = Size.of(hidden=64, blocks=2, vocabulary=640)
 def _no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever runs the tests may have named a predictor; and other tests want a torch that compiles."""
     monkeypatch.delenv("THINKSERVE_BUDGET_PREDICTOR", raising=False)
-    monkeypatch.setattr(cli_budget, "prepare_environment", lambda *_: None)
+    monkeypatch.setattr(vllm_launch, "prepare_environment", lambda *_: None)
 
 
 @pytest.fixture

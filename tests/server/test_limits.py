@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import anyio
 import pytest
@@ -43,6 +44,16 @@ async def test_the_deadline_wakes_a_reader_of_a_silent_engine() -> None:
     task = asyncio.current_task()
     assert task is not None
     assert task.cancelling() == 0
+
+
+async def test_what_was_written_until_the_deadline_is_read() -> None:
+    """Of a chain whose tokens come many at a time as of any other; the next job gets nothing."""
+    engine = ScriptedEngine(["a" * 90], tick=0.02)
+    with anyio.fail_after(2), LimitedEngine(engine, None, 0.3) as limited:
+        count, finish = await read(limited, replace(JOB, interval=80))
+        assert await read(limited) == (0, "deadline")
+    assert (count, finish) == (engine.history[0].generated, "deadline")
+    assert 2 < count < 80
 
 
 async def test_all_chains_end_at_the_deadline_and_new_ones_never_start() -> None:

@@ -164,6 +164,22 @@ def test_the_total_ceiling_is_the_callers_within_the_operators() -> None:
     assert planned(serving=small).task.max_total_tokens == 800
 
 
+@pytest.mark.parametrize(
+    ("extra", "several"),
+    [
+        ({}, True),
+        ({"stream": True}, False),
+        ({"stop": ["x"]}, False),
+        ({"logprobs": True}, False),
+        ({"max_tokens": 9, "strategy": {"name": "majority", "params": {"k": 4}, "max_total_tokens": 36}}, True),
+        ({"max_tokens": 9, "strategy": {"name": "majority", "params": {"k": 4}, "max_total_tokens": 35}}, False),
+    ],
+)
+def test_tokens_are_handed_on_together_where_nobody_looks_at_each(extra: dict[str, Any], several: bool) -> None:
+    """No client that reads along, no stop string, no log-probabilities, no ceiling that chains share."""
+    assert several == (planned(extra).task.interval > 1)
+
+
 def test_turning_thinking_off_starts_in_the_answer_or_closes_thinking_at_once() -> None:
     """Templates without the switch still obey."""
     assert planned({"enable_thinking": False}).task.phase == "answer"

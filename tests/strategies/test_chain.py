@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from thinkserve.strategies.controls import Guide, Steer
-from thinkserve.strategies.engine import Chain, Job, Tokens, chain_seed
+from thinkserve.strategies.engine import Chain, Job, Tokens
+from thinkserve.strategies.seeds import chain_seed
 from thinkserve.strategies.testing import ScriptedEngine
 
 pytestmark = pytest.mark.anyio

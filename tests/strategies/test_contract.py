@@ -206,6 +206,20 @@ def test_the_same_seed_gives_the_same_answer(
 
 
 @EVERY
+@given(task=tasks(), recipe=engines(), draw=st.data(), interval=st.integers(2, 70))
+def test_tokens_that_nobody_reads_along_may_come_together(
+    name: str, task: Task, recipe: Callable[[], ScriptedEngine], draw: st.DataObject, interval: int
+) -> None:
+    """An engine that hands them on in larger parts changes no answer."""
+    entry, options = registry.get(name), options_of(registry.get(name), draw)
+
+    at_once, together = (run(entry, replace(task, interval=each), recipe(), options) for each in (1, interval))
+
+    assert (at_once[0].tokens, at_once[0].finish) == (together[0].tokens, together[0].finish)
+    assert at_once[1].tokens == together[1].tokens
+
+
+@EVERY
 @given(task=tasks(), recipe=engines(), draw=st.data())
 def test_the_answer_is_what_the_model_wrote(
     name: str, task: Task, recipe: Callable[[], ScriptedEngine], draw: st.DataObject

@@ -93,7 +93,7 @@ def play_guarded(script: str, task: Task, burst: int = 1, **options: object) -> 
     """A single chain over the guard."""
     engine, out = ScriptedEngine([script], burst=burst), Recorder()
     guard = RepetitionGuard(engine, task, out, GuardOptions.model_validate(options))
-    answer = anyio.run(stream_chain, task.job(), task.phase, guard, out)
+    answer = anyio.run(stream_chain, task, guard, out)
     assert answer.tokens == out.tokens
     assert [] == engine.live
     return engine.decode(answer.tokens), out, engine
@@ -158,6 +158,6 @@ def test_a_model_that_does_not_mark_its_thinking_is_not_watched() -> None:
     """One plain job."""
     engine, out = ScriptedEngine(["ab" * 100], info=replace(SCRIPTED, think_open=(), think_close=())), Recorder()
     task = replace(task_for(text="q"), phase=None)
-    anyio.run(stream_chain, task.job(), None, RepetitionGuard(engine, task, out, GuardOptions()), out)
+    anyio.run(stream_chain, task, RepetitionGuard(engine, task, out, GuardOptions()), out)
 
     assert ("ab" * 100, 1) == (engine.decode(out.tokens), len(engine.history))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from thinkserve.train.evaluate import Trial, counted, mean, rate, shortest, vote, wilson
+from thinkserve.train.evaluate import Trial, counted, mean, pass_rate, rate, shortest, vote, wilson
 from thinkserve.train.tasks import problems
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
@@ -54,6 +54,25 @@ def test_a_rate_lies_within_its_interval() -> None:
     assert 0.75 == found["value"]
     assert found["low"] < 0.75 < found["high"]
     assert 2.0 == mean(trials((None, 1), (None, 3)))
+
+
+def test_chains_of_one_problem_are_no_independent_draws() -> None:
+    """Eight chains that agree on each of 20 problems tell no more than one chain of each does."""
+    alike = [[index % 2 == 0] for index in range(20)]
+    eightfold = [group * 8 for group in alike]
+    assert pass_rate(alike) == pass_rate(eightfold)
+    low, high = wilson(10, 20)
+    found = pass_rate(eightfold)
+    assert 0.5 == found["value"]
+    assert (low, high) == pytest.approx((found["low"], found["high"]), abs=0.06)
+
+
+def test_a_pass_rate_counts_problems_alike() -> None:
+    """The value is the mean of the problems' shares; of no problem, nothing is known."""
+    found = pass_rate([[True, True], [True, False], [False, False], [True, False]])
+    assert 0.5 == found["value"]
+    assert found["low"] < 0.5 < found["high"]
+    assert {"value": 0.0, "low": 0.0, "high": 1.0} == pass_rate([])
 
 
 @pytest.mark.parametrize("name", NAMES)
