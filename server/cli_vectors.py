@@ -193,7 +193,7 @@ def _read(folder: Path, shape: Shape) -> tuple[list[SteeringVector], list[str]]:
 
 def _engine(model: ModelDir, folder: Path | None) -> Settings:
     """The engine that will serve the model, with room for the same model in transformers. Raises StartError."""
-    settings = settings_for(model, vectors_dir=folder, steering=True)
+    settings = settings_for(model, vectors_dir=folder, steering=True, guidance=False)
     share = min(settings.gpu_memory_utilization, GPU_SHARE)
     return settings.model_copy(update={"gpu_memory_utilization": share})
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import cached_property
 from itertools import count
 from typing import TYPE_CHECKING, Any, cast
 
@@ -110,9 +111,9 @@ class VllmBackend(Served):
     def _plugged_in(self) -> bool:
         return bool(self._llm.vllm_config.additional_config)
 
-    @property
+    @cached_property
     def defaults(self) -> Sampling:
-        """How tokens are drawn where a request says nothing: the model's generation_config."""
+        """How tokens are drawn where a request says nothing: the model's generation_config, which vLLM reads anew."""
         found = self._llm.model_config.get_diff_sampling_param()
         known = {name: value for name, value in found.items() if name in Sampling.__dataclass_fields__}
         return Sampling(**known | {"top_k": max(known.get("top_k", 0), 0)})

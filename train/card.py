@@ -49,6 +49,11 @@ Mean length in tokens: {mean_tokens} (right {mean_tokens_right}, wrong {mean_tok
 - Verification, answered Yes or No: `{exists}` and `{same}`
 - Progress: `{summary}`, and to go on from a summary: `{go_on}`
 - Judgement: `{judge}`
+{vectors}"""
+VECTORS = """
+## Steering vectors
+How they were made and what they do: `steering/README.md` and `thinkserve vectors show NAME --model models/{name}`.
+
 """
 
 
@@ -117,9 +122,22 @@ def write_card(folder: Path, shape: Shape, log: dict[str, Any], report: dict[str
         summary=_one_line(ASK_SUMMARY),
         go_on=_one_line(ASK_CONTINUE),
         judge=_one_line(ASK_JUDGE),
+        vectors=_vectors(folder),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
     (folder / "evaluation.json").write_text(json.dumps({"training": log, **report}, indent=1) + "\n", encoding="utf-8")
+
+
+def _vectors(folder: Path) -> str:
+    """The section on the vectors that lie beside the weights; empty if there are none."""
+    lines = [_vector(file.stem, json.loads(file.read_text("utf-8"))) for file in sorted(folder.glob("vectors/*.json"))]
+    return VECTORS.format(name=folder.name) + "".join(lines) if lines else ""
+
+
+def _vector(name: str, facts: dict[str, Any]) -> str:
+    layers, scale = ", ".join(facts["norms"]), (facts.get("calibration") or {}).get("scale")
+    strength = "not calibrated" if scale is None else f"meant for scale {scale:g}"
+    return f"- `{name}`: recipe {facts['recipe']}, layers {layers} ({facts['convention']}), {strength}\n"
 
 
 def _one_line(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -49,3 +50,14 @@ async def test_a_chain_that_was_left_early_is_not_remembered() -> None:
             async for _delta in stream:
                 break
     assert 2 == len(engine.history)
+
+
+async def test_a_chain_is_known_however_its_tokens_came() -> None:
+    """One at a time or many: it is the same chain."""
+    engine = ScriptedEngine(TEXTS)
+    job = Job(engine.encode("user: ?"), 50, Sampling(temperature=0.7), seed=3)
+    backend = recorded(ScriptedBackend(engine))
+    for interval in (1, 16):
+        async with backend.engine("a").generate(replace(job, interval=interval)) as stream:
+            assert [delta async for delta in stream][-1].finish is not None
+    assert 1 == len(engine.history)

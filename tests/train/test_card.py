@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from thinkserve.train.card import stages, told
+import json
+from pathlib import Path
+
+from thinkserve.train.card import stages, told, write_card
+from thinkserve.train.model import SHAPES
+
+LARGE = Path(__file__).resolve().parents[2] / "models" / "arith-large"
 
 FIRST = {"tokens": 1200, "seconds": 120.0, "hardware": "a core", "tokens_per_s": 10, "loss": 0.5, "before": None}
 
@@ -17,3 +23,16 @@ def test_stages_are_told_first_to_last() -> None:
     """The last one carries those before it."""
     last = FIRST | {"tokens": 7, "before": FIRST}
     assert [1200, 7] == [stage["tokens"] for stage in stages(last)]
+
+
+def test_a_card_written_anew_says_the_same(tmp_path: Path) -> None:
+    """From its evaluation.json and what lies beside it, the steering vector included."""
+    report = json.loads((LARGE / "evaluation.json").read_text())
+    folder = tmp_path / LARGE.name
+    folder.mkdir()
+    (folder / "vectors").symlink_to(LARGE / "vectors")
+
+    write_card(folder, SHAPES["large"], report["training"], report)
+
+    assert (folder / "README.md").read_text() == (LARGE / "README.md").read_text()
+    assert "`brief`: recipe asc, layers 4, 5" in (folder / "README.md").read_text()
