@@ -44,8 +44,7 @@ class Options:
     chat_levels: tuple[int, ...] = (1, 16, 64)
     chat_tokens: int = 128
     chat_waves: int = 4
-    chat_rounds: int = 5
-    chat_repeats: int = 1
+    chat_rounds: int = 10
     startups: int = 3
 
     def quick(self) -> Options:

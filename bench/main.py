@@ -1,7 +1,7 @@
-"""`make bench`: start what is needed, one server at a time, measure, print one report and one JSON line.
+"""`make bench`: start what is needed, measure, print one report and one JSON line.
 
-The run is a list of phases. A phase is one server, started once, and what is measured on it; a phase whose
-measurements are all in the journal is skipped. Servers take turns over the phases: A B A B, then the start-ups.
+The run is a list of phases. A phase is one server, started once, and what is measured on it, or for plain chat both; a
+phase whose measurements are all in the journal is skipped. The start-ups come last.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import re
 import signal
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -36,18 +37,18 @@ DEFAULTS = Options(str(ROOT / "models" / "arith-small"))
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Something measured on a running server: the part it belongs to, the journal keys it fills, how."""
+    """Something measured on running servers: the part it belongs to, the journal keys it fills, how."""
 
     part: str
     keys: tuple[str, ...]
-    run: Callable[[Server, Callable[[], None]], Awaitable[None]]
+    run: Callable[[Mapping[str, Server], Callable[[], None]], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """One server and the jobs it is started for."""
+    """Servers, one or both, and the jobs they are started for."""
 
-    launch: Launch
+    launches: tuple[Launch, ...]
     jobs: tuple[Job, ...]
 
     def missing(self, journal: Journal) -> bool:
@@ -80,23 +81,26 @@ class Bench:
                 await startup.measure(self.launches, self.folder, self._work(partial(meter.advance, "startup")))
 
     async def _phase(self, phase: Phase, meter: Meter) -> None:
-        meter.note(f"starting {phase.launch.name}")
-        async with running(phase.launch, self.folder / f"{phase.launch.name}.log") as server:
-            meter.note(f"{phase.launch.name} answers after {server.first_answer_s:.1f} s")
+        async with AsyncExitStack() as stack:
+            servers: dict[str, Server] = {}
+            for launch in phase.launches:
+                meter.note(f"starting {launch.name}")
+                server = await stack.enter_async_context(running(launch, self.folder / f"{launch.name}.log"))
+                servers[launch.name] = server
+                meter.note(f"{launch.name} answers after {server.first_answer_s:.1f} s")
             for job in phase.jobs:
-                await job.run(server, partial(meter.advance, job.part))
+                await job.run(servers, partial(meter.advance, job.part))
 
     def phases(self) -> Iterator[Phase]:
-        """The strategies on our server, on vLLM's, on ours again; then chat in rounds, who begins taking turns.
-
-        The two servers' shares of a round lie side by side, because the machine does not stay as fast as it is.
-        """
-        chat = range(self.options.chat_rounds if "serve" in self.parts else 0)
-        order = [(number, launch, self._strategies) for number in (0, 1) for launch in self.launches]
-        order += [(number, launch, self._chats) for number in chat for launch in self.launches[:: (-1) ** number]]
-        for number, launch, jobs_of in order:
-            if jobs := tuple(jobs_of(launch.name, number)):
-                yield Phase(launch, jobs)
+        """The strategies on our server, on vLLM's, on ours again; then chat on both."""
+        for number in (0, 1):
+            for launch in self.launches:
+                if jobs := tuple(self._strategies(launch.name, number)):
+                    yield Phase((launch,), jobs)
+        if "serve" in self.parts:
+            asked = "strategies" in self.parts
+            checks = () if asked else tuple(self._check(launch.name) for launch in self.launches)
+            yield Phase(self.launches, (*checks, self._chat()))
 
     def _strategies(self, server: str, number: int) -> Iterator[Job]:
         if "strategies" not in self.parts:
@@ -107,32 +111,27 @@ class Bench:
         if mine := [row for row in (self.drift if number else self.rows) if row.server == server]:
             yield self._rows(mine, problems)
 
-    def _chats(self, server: str, number: int) -> Iterator[Job]:
-        if number == 0 and "strategies" not in self.parts:
-            yield self._check(server)
-        yield self._chat(server, number)
-
     def _work(self, advance: Callable[[], None]) -> Work:
         return Work(self.options, self.journal, advance)
 
     def _check(self, name: str) -> Job:
-        async def run(server: Server, advance: Callable[[], None]) -> None:
-            await check.measure(server, name, self.problems, self.journal)
+        async def run(servers: Mapping[str, Server], advance: Callable[[], None]) -> None:
+            await check.measure(servers[name], name, self.problems, self.journal)
 
         return Job("check", (check.key(name),), run)
 
     def _rows(self, rows: Sequence[strategies.Row], problems: Sequence[Problem]) -> Job:
-        async def run(server: Server, advance: Callable[[], None]) -> None:
-            await strategies.measure(server, rows, problems, self._work(advance))
+        async def run(servers: Mapping[str, Server], advance: Callable[[], None]) -> None:
+            await strategies.measure(servers[rows[0].server], rows, problems, self._work(advance))
 
         schedule = strategies.schedule(rows, len(problems), self.options.chunk)
         return Job("strategies", tuple(key for key, _, _ in schedule), run)
 
-    def _chat(self, name: str, number: int) -> Job:
-        async def run(server: Server, advance: Callable[[], None]) -> None:
-            await serve.measure(server, name, number, self.problems, self._work(advance))
+    def _chat(self) -> Job:
+        async def run(servers: Mapping[str, Server], advance: Callable[[], None]) -> None:
+            await serve.measure(servers, self.problems, self._work(advance))
 
-        return Job("serve", tuple(key for key, _, _ in serve.schedule(self.options, name, number)), run)
+        return Job("serve", tuple(key for key, *_ in serve.schedule(self.options)), run)
 
     def _totals(self, phases: Sequence[Phase]) -> dict[str, tuple[int, int]]:
         """Measurements done and in all, by part."""

@@ -1,13 +1,14 @@
 """Plain-chat throughput: our server (`single`) against vLLM's own, the same requests from the same client.
 
-The servers take turns (ours, vLLM's, ours, vLLM's ...), so that a drift of the machine falls on both. A measurement is
-one closed loop: `concurrency` requests are always in flight until a fixed list of them is done. Its figure is
-generated tokens per second of wall time, tokens as the server's usage counts them, parsed after the clock has stopped.
+Both servers are up and take turns, load by load, so that a drift of the machine falls on both; the one that waits takes
+under two hundredths of a core. A measurement is one closed loop: `concurrency` requests are always in flight until a
+fixed list of them is done. Its figure is generated tokens per second of wall time, tokens as the server's usage counts
+them, parsed after the clock has stopped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter, process_time
@@ -41,28 +42,28 @@ def cells(options: Options) -> list[Cell]:
     return [Cell(level, streaming) for level in options.chat_levels for streaming in (False, True)]
 
 
-def schedule(options: Options, server: str, number: int) -> Iterator[tuple[str, Cell, int]]:
-    """Key, cell and repeat of the measurements of one server in one round; repeats go over all cells in turn."""
-    for repeat in range(options.chat_repeats):
+def schedule(options: Options) -> Iterator[tuple[str, str, Cell, int]]:
+    """Key, server, cell and round of all measurements; each server begins every other round."""
+    for number in range(options.chat_rounds):
         for cell in cells(options):
-            yield f"serve/{cell.name}/{server}/{number}.{repeat}", cell, repeat
+            for server in SERVERS[:: (-1) ** number]:
+                yield f"serve/{cell.name}/{server}/{number}", server, cell, number
 
 
-def prompts(problems: Sequence[Problem], cell: Cell, repeat: int, options: Options) -> list[str]:
-    """The questions of one measurement, some seconds' worth: the same for both servers, other ones for each repeat."""
+def prompts(problems: Sequence[Problem], cell: Cell, number: int, options: Options) -> list[str]:
+    """The questions of one measurement, some seconds' worth: the same for both servers, other ones for each round."""
     size = options.chat_waves * (cell.concurrency + 3)
-    return [problems[(repeat * size + index) % len(problems)].question for index in range(size)]
+    return [problems[(number * size + index) % len(problems)].question for index in range(size)]
 
 
-async def measure(server: Server, name: str, number: int, problems: Sequence[Problem], work: Work) -> None:
-    """Fill the journal with one server's measurements of one round, after a load that only warms up."""
-    warm_up = Cell(max(work.options.chat_levels), True)
-    await _load(server, warm_up, prompts(problems, warm_up, 0, work.options), work.options)
-    for key, cell, repeat in schedule(work.options, name, number):
+async def measure(servers: Mapping[str, Server], problems: Sequence[Problem], work: Work) -> None:
+    """Fill the journal with the measurements of both servers, after loads that only warm up."""
+    options, warm_up = work.options, Cell(max(work.options.chat_levels), True)
+    for server in servers.values():
+        await _load(server, warm_up, prompts(problems, warm_up, 0, options), options)
+    for key, name, cell, number in schedule(options):
         if key not in work.journal:
-            work.journal.put(
-                key, await _load(server, cell, prompts(problems, cell, repeat, work.options), work.options)
-            )
+            work.journal.put(key, await _load(servers[name], cell, prompts(problems, cell, number, options), options))
             work.advance()
 
 

@@ -1,7 +1,8 @@
 """Servers under test: started as a user starts them, asked until they answer, ended with everything they started.
 
-One at a time: two servers on the same cores would measure each other. Each runs in a process group of its own and logs
-to a file; its working directory is the log's, so that nothing of the checkout is imported by accident.
+Two servers that work on the same cores would measure each other, so only one is asked at a time. Each runs in a process
+group of its own and logs to a file; its working directory is the log's, so that nothing of the checkout is imported by
+accident.
 """
 
 from __future__ import annotations

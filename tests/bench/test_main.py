@@ -10,6 +10,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 
+from bench import check
 from bench.harness import Options
 from bench.main import Bench, to_the_end
 
@@ -18,11 +19,11 @@ OPTIONS = Options(model=str(MODEL), problems=3, drift_problems=2, chat_levels=(1
 
 
 def test_servers_take_turns(tmp_path: Path) -> None:
-    """Strategies, and the drift; then rounds of chat whose halves lie side by side, begun by either in turn."""
+    """Strategies, and the drift; then chat with both."""
     phases = list(Bench(OPTIONS, ["strategies", "serve"], tmp_path).phases())
 
-    strategies, chat = ["thinkserve", "vllm", "thinkserve"], ["thinkserve", "vllm", "vllm", "thinkserve"]
-    assert [*strategies, *chat, *chat[:2]] == [phase.launch.name for phase in phases]
+    alone = [["thinkserve"], ["vllm"], ["thinkserve"]]
+    assert [*alone, ["thinkserve", "vllm"]] == [[each.name for each in phase.launches] for phase in phases]
     assert all(phase.jobs for phase in phases)
 
 
@@ -30,8 +31,9 @@ def test_servers_take_turns(tmp_path: Path) -> None:
 def test_the_greedy_answers_of_both_servers_are_asked_for_once(tmp_path: Path, parts: list[str]) -> None:
     """Whatever is measured."""
     phases = Bench(OPTIONS, parts, tmp_path).phases()
+    keys = [job.keys for phase in phases for job in phase.jobs if job.part == "check"]
 
-    assert ["thinkserve", "vllm"] == [p.launch.name for p in phases for job in p.jobs if job.part == "check"]
+    assert [(check.key("thinkserve"),), (check.key("vllm"),)] == keys
 
 
 def test_a_phase_that_is_in_the_journal_is_not_missing(tmp_path: Path) -> None:
