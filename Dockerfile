@@ -20,12 +20,14 @@ ARG PIP_EXTRA_INDEX_URL
 RUN pip install --no-compile --no-deps --only-binary :all: -r requirements/cpu.txt \
     && pip install --no-compile --no-deps --only-binary :all: -r requirements/torch-cpu.txt
 COPY . .
-RUN pip install --no-deps --no-build-isolation . && python -m compileall -q -j 0 /opt/venv/lib
+# Some files of torch are for newer Pythons and do not compile; those it does without.
+RUN pip install --no-deps --no-build-isolation . && { python -m compileall -q -j 0 /opt/venv/lib || true; }
 
 FROM builder AS cuda-builder
 RUN pip install --no-compile --no-deps --only-binary :all: -r requirements/cuda.txt
 COPY . .
-RUN pip install --no-deps --no-build-isolation . && python -m compileall -q -j 0 /opt/venv/lib
+# Some files of torch are for newer Pythons and do not compile; those it does without.
+RUN pip install --no-deps --no-build-isolation . && { python -m compileall -q -j 0 /opt/venv/lib || true; }
 
 FROM base AS runtime
 RUN useradd --uid 10001 --create-home --home-dir /cache --shell /usr/sbin/nologin thinkserve
@@ -49,8 +51,8 @@ COPY --from=cuda-builder /opt/venv /opt/venv
 USER 10001:10001
 
 FROM runtime AS cpu
-# vLLM's CPU kernels are linked against it.
+# vLLM's CPU kernels are linked against libnuma; ours are compiled for the processor at hand, at the first start.
 # hadolint ignore=DL3008
-RUN apt-get update && apt-get install -y --no-install-recommends libnuma1 && rm -rf /var/lib/apt/lists/*
+RUN apt-get update && apt-get install -y --no-install-recommends libnuma1 g++ && rm -rf /var/lib/apt/lists/*
 COPY --from=cpu-builder /opt/venv /opt/venv
 USER 10001:10001

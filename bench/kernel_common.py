@@ -10,16 +10,18 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.harness import machine, table, versions
+from bench.harness import ROOT, keep, machine, table, versions
 
 Way = Callable[[], object]
 
@@ -88,16 +90,20 @@ def compiled(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def bench(name: str, cases: Iterable[Case], budget: Budget) -> None:
-    """Check and measure every case; print the table and, as the last line, the same as JSON.
+    """Check and measure every case; print the table and, as the last line, the same as JSON; keep both if not quick.
 
     Exits with status 1 at the first case that is wrong: nothing is ever said about its speed.
     """
     results = [_measure(case, budget) for case in cases]
     threads = torch.get_num_threads()
-    about = {"kernel": name, "device": _device_name(), "machine": machine(), "threads": threads, "versions": versions()}
-    print(f"{name}: {about['device']}; {about['machine']}; {threads} threads; torch {torch.__version__}")
-    print(_table(results))
-    print(json.dumps(about | {"results": [asdict(result) for result in results]}))
+    date = datetime.now(UTC).date().isoformat()
+    about = {"date": date, "kernel": name, "device": _device_name(), "machine": machine(), "threads": threads}
+    head = f"{name}: {date}; {about['device']}; {about['machine']}; {threads} threads; torch {torch.__version__}"
+    data = about | {"versions": versions(), "results": [asdict(result) for result in results]}
+    print(head, _table(results), json.dumps(data), sep="\n")
+    if budget is not QUICK:
+        place = re.sub(r"[^a-z0-9]+", "-", _device_name().lower())
+        keep(ROOT / "bench" / "results", f"{date}-kernel-{name}-{place}", f"{head}\n\n{_table(results)}\n", data)
 
 
 def _measure(case: Case, budget: Budget) -> Result:
@@ -148,10 +154,11 @@ def _table(results: Sequence[Result]) -> str:
             f"{result.error:.1e}",
             *(_cell(result.seconds, name) for name in names),
             f"{result.bandwidth:.0%}",
+            f"{result.seconds['compiled'] / next(iter(result.seconds.values())):.2f}",
         ]
         for result in results
     ]
-    return table(["size", "error", *(f"{name} us" for name in names), "of copy"], rows)
+    return table(["size", "error", *(f"{name} us" for name in names), "of copy", "gain over compiled"], rows)
 
 
 def _cell(seconds: Mapping[str, float], name: str) -> str:

@@ -41,9 +41,8 @@ class Admission:
         """Return when no request is at work."""
         await self._idle.wait()
 
-    @contextmanager
-    def place(self) -> Iterator[None]:
-        """Hold a place, from before it is known what the request wants. ApiError 503 when there is none."""
+    def check(self) -> None:
+        """ApiError 503 when there is no place."""
         if self.draining:
             self._metrics.rejected("draining")
             headers = {**retry_after(5, 30), "Connection": "close"}
@@ -51,6 +50,11 @@ class Admission:
         if self.inflight >= self._max_inflight:
             self._metrics.rejected("inflight")
             raise _overloaded(f"{self.inflight} requests are at work; this server takes no more at once.")
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """Hold a place, from before it is known what the request wants. ApiError 503 when there is none."""
+        self.check()
         self._move(1)
         try:
             yield

@@ -13,8 +13,10 @@ from starlette.middleware import Middleware
 from starlette.responses import Response
 
 from thinkserve.server import __version__, openapi, probes, routes, steering_routes
+from thinkserve.server.admission import Admission
 from thinkserve.server.auth import Auth, load_keys
 from thinkserve.server.errors import ApiError, from_exception
+from thinkserve.server.json_body import read_body
 from thinkserve.server.middleware import BodyLimit, Guard, RequestContext
 from thinkserve.server.plan import Backend
 from thinkserve.server.settings import Settings
@@ -61,11 +63,15 @@ def _middlewares(state: ServerState) -> list[Middleware]:
 
 
 async def _place(request: Request) -> AsyncIterator[None]:
-    """A chat's place until it is answered, from before its body is read: to wait for rendering takes room as well."""
+    """A chat's place from when its body is there until it is answered: to wait for rendering takes room as well."""
     if request.method != "POST":
         yield
         return
-    with request.app.state.server.admission.place():
+    admission: Admission = request.app.state.server.admission
+    admission.check()
+    # Whoever has not said what it wants keeps nobody out.
+    await read_body(request)
+    with admission.place():
         yield
 
 

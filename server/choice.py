@@ -44,6 +44,11 @@ class Choice:
     preset: str | None = None
     over: tuple[Layer, ...] = ()
 
+    @property
+    def asked(self) -> bool:
+        """Whether the request names it, and does not merely leave it to the server."""
+        return self.where not in {"default", "reasoning_effort"}
+
     def written(self) -> str:
         """The choice as it appears in the response header: every effective parameter."""
         return header_item.write(self.strategy.id, self.options.model_dump(mode="json"))

@@ -144,7 +144,7 @@ def show(name: NAME, model: MODEL = None, vectors_dir: FOLDER = None) -> None:
         _, registry = _open(model, vectors_dir)
         vector = _find(name, registry)
     norms = {str(layer): norm for layer, norm in vector.norms.items()}
-    told = {"name": name, "id": vector.id, "hidden": vector.hidden, "norms": norms, **vector.about}
+    told = {**vector.about, "name": name, "id": vector.id, "hidden": vector.hidden, "norms": norms}
     typer.echo(json.dumps(told, indent=1))
 
 

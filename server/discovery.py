@@ -14,7 +14,7 @@ from thinkserve.server.budget import ladder
 from thinkserve.server.choice import preset_choice
 from thinkserve.server.errors import ApiError, clean
 from thinkserve.server.modifier_types import ModifierCard
-from thinkserve.server.needs import abilities, check_available, lacking, missing_roles
+from thinkserve.server.needs import VITAL, abilities, check_available, lacking, missing_roles
 from thinkserve.server.plan import Backend
 from thinkserve.server.settings import Preset, Settings
 from thinkserve.server.translate import (
@@ -137,8 +137,8 @@ def unavailable(entry: Strategy, backend: Backend) -> str | None:
     """Why a strategy cannot run here; None when it can."""
     if missing := missing_roles(entry, backend):
         return f"no model is configured for: {', '.join(missing)}"
-    if gone := [role for role in entry.roles if not backend.roles[role].alive]:
-        return f"not available at the moment: {', '.join(gone)}"
+    if VITAL in entry.roles and not backend.roles[VITAL].alive:
+        return f"not available at the moment: {VITAL}"
     return lacking(entry, abilities(backend))
 
 

@@ -28,11 +28,16 @@ SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 async def read_json(request: Request) -> dict[str, Any]:
     """The body as a dict. Raises ApiError 400 (what is wrong with the JSON) or 415 (not JSON at all)."""
-    check_headers(request.headers.get("content-type", ""), request.headers.get("content-encoding", ""))
-    raw = await request.body()
+    raw = await read_body(request)
     if len(raw) > OFF_LOOP_BYTES:
         return await to_thread.run_sync(parse, raw)
     return parse(raw)
+
+
+async def read_body(request: Request) -> bytes:
+    """The body, received once and kept with the request. Raises ApiError 415 before any of it has come."""
+    check_headers(request.headers.get("content-type", ""), request.headers.get("content-encoding", ""))
+    return await request.body()
 
 
 def check_headers(content_type: str, content_encoding: str) -> None:

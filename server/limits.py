@@ -160,8 +160,9 @@ class _Limited(Through):
         return replace(delta, finish="ceiling") if self._cut and delta.finish == "length" else delta
 
     def _cut_off(self, ended: End) -> Delta:
-        """What had been written at the deadline; behind the ceiling nothing is wanted."""
-        return self._last(self._inner.unread() if ended == "deadline" else Delta(), ended)
+        """What had been written at the deadline, its own end included; behind the ceiling nothing is wanted."""
+        unread = self._inner.unread() if ended == "deadline" else Delta()
+        return self._last(unread, unread.finish or ended)
 
     def _last(self, delta: Delta, finish: Finish) -> Delta:
         self._over = True

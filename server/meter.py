@@ -23,6 +23,10 @@ from thinkserve.strategies.streams import Through
 FINISHED: frozenset[Finish | None] = frozenset({"stop", "length", "repetition"})
 
 
+# Among so many of the last chains a job that goes on somewhere before their end is looked for.
+RECENT = 256
+
+
 @dataclass(slots=True)
 class Tally:
     """One chain: tokens generated, prompt tokens found in the cache when it began, and how it ended (None: aborted)."""
@@ -40,16 +44,20 @@ class Tally:
     def repeated(self, job: Job) -> int:
         """How much of this chain `job` goes on from: tokens of its last job, and one more for the same seed; or 0."""
         known, seeded = len(self.prompt), self.seed is not None and self.seed == job.seed
-        if self.live or len(job.prompt) <= known:
+        if self.live or len(job.prompt) <= known or not (seeded or job.prompt[known] in self.written[:1]):
             return 0
         rest = zip(self.written, islice(job.prompt, known, None), strict=False)
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], rest)) + seeded
         # Last, because prompts are long, and few chains get here.
-        return same if same and job.prompt[:known] == self.prompt else 0
+        return same if job.prompt[:known] == self.prompt else 0
 
     def go_on(self, job: Job) -> None:
         """The chain is at work again."""
         self.prompt, self.live, self.finish, self.written = job.prompt, True, None, []
+
+    def end(self) -> int:
+        """A hash of its prompt and all that it wrote since: what goes on from here begins with that."""
+        return hash((self.role, self.prompt + tuple(self.written)))
 
 
 @dataclass(slots=True)
@@ -75,6 +83,8 @@ class MeteredEngine(Around):
         self._written: list[tuple[int, list[int]]] = []
         self._submitted = 0
         self._found = 0
+        # Who ended where, by hash; None once somebody has gone on from there: whoever does so next is a branch.
+        self._ends: dict[int, Tally | None] = {}
 
     @property
     def finished(self) -> int:
@@ -126,12 +136,13 @@ class MeteredEngine(Around):
     async def watch(self, open: Open, job: Job) -> AsyncIterator[Stream]:
         """Run a job and add its count to its chain."""
         chains = self.chains if job.role == "target" else self._helping
-        repeated = [chain.repeated(job) for chain in chains]
-        most = max(repeated, default=0)
-        earlier = chains[repeated.index(most)] if most else None
+        earlier = self._earlier(job, chains)
         tally = earlier or Tally(job.role, job.seed, job.prompt)
         if earlier is None:
             chains.append(tally)
+            # A tree has thousands, each with a long prompt.
+            if len(chains) > RECENT:
+                chains[-RECENT - 1].prompt = ()
         else:
             earlier.go_on(job)
         self.jobs[job.role] += 1
@@ -149,11 +160,24 @@ class MeteredEngine(Around):
             self._metrics.chains_inflight.dec()
             # Only now, after the block, is the count final.
             tally.live = False
+            if tally.written:
+                self._ends[tally.end()] = tally
             if stream is not None:
                 tally.generated += stream.generated
                 self._submitted += len(job.prompt)
                 self._found += stream.cached
                 tally.cached = stream.cached if earlier is None else tally.cached
+
+    def _earlier(self, job: Job, chains: list[Tally]) -> Tally | None:
+        """The chain that a job goes on with: that which ended right there, or of the last ones the best fit."""
+        end = hash((job.role, job.prompt))
+        if end in self._ends:
+            exact, self._ends[end] = self._ends[end], None
+            return None if exact is None or exact.live else exact
+        recent = chains[-RECENT:]
+        repeated = [chain.repeated(job) for chain in recent]
+        most = max(repeated, default=0)
+        return recent[repeated.index(most)] if most else None
 
 
 class _Metered(Through):

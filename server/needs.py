@@ -8,6 +8,7 @@ from thinkserve.server.choice import Choice
 from thinkserve.server.errors import ApiError
 from thinkserve.server.plan import Backend
 from thinkserve.strategies.controls import Guide
+from thinkserve.strategies.engine import Role
 from thinkserve.strategies.modifiers import Modifier, misfit
 from thinkserve.strategies.registry import Need, Strategy
 
@@ -15,6 +16,10 @@ LACKING: dict[Need, str] = {
     "steering": "the engine does not steer",
     "guidance": "the model has no budget predictor; `thinkserve budget train` makes one",
 }
+
+
+# Without the others strategies go on as best they can, unless they are told to fail; without scores there is no search.
+VITAL: Role = "reward"
 
 
 def abilities(backend: Backend) -> Mapping[Need, bool]:

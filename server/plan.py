@@ -107,7 +107,7 @@ class Plan:
     """One admitted request. `stop` strings act on the answer phase only; `timeout_s` bounds the whole request.
 
     `controls` go on every job of the target model, beside those that the strategy sets itself; `over` are the modifiers
-    that lie below it.
+    that lie below it. `asked`: the request names its strategy, in whatever place.
     """
 
     request_id: str
@@ -125,6 +125,7 @@ class Plan:
     usage_scope: Literal["all", "winner"] = "all"
     controls: tuple[Control, ...] = ()
     over: tuple[Layer, ...] = ()
+    asked: bool = False
 
     @property
     def roles(self) -> frozenset[Role]:

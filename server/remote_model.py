@@ -122,6 +122,10 @@ class _Named(Through):
         await self._tokenizer.name(token for alternatives in delta.top for token, _ in alternatives)
         return delta
 
+    def unread(self) -> Delta:
+        """Nothing: an answer whose alternatives have no texts is none."""
+        return Delta()
+
 
 class RemoteEngine:
     """The Engine of one request on a remote model. Roles were told apart before: here is one model."""

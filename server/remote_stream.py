@@ -107,8 +107,8 @@ class RemoteStream:
         return self._delta(None)
 
     def unread(self) -> Delta:
-        """What has arrived and was not read."""
-        return self._delta(None)
+        """What has arrived and was not read, its end as well."""
+        return self._delta(None if self._finish is None else _FINISH.get(self._finish))
 
     async def _last(self, finish: str) -> Delta:
         """The last delta, once the server has said what the job cost; a stream cut off after its finish is whole."""

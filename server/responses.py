@@ -22,6 +22,7 @@ from thinkserve.server.asgi import refuse
 from thinkserve.server.errors import ApiError, RoleDown
 from thinkserve.server.exchange import Exchange
 from thinkserve.server.metrics import LeftIn
+from thinkserve.server.needs import VITAL
 from thinkserve.server.plan import Outcome, Plan, Usage
 from thinkserve.server.protocol import ChatRequest
 from thinkserve.server.runner import usable
@@ -50,9 +51,8 @@ class ChatResponse(Response):
     async def enter(self, scope: Scope) -> AbstractContextManager[None]:
         """What this request may cost. Raises EngineFailed; entering it raises ApiError 503."""
         await self.state.backend.check()
-        # Strategies can do without guide and verifier, if they are told to; without their scores they cannot.
-        if "reward" in self.plan.roles and not self.state.backend.roles["reward"].alive:
-            raise RoleDown("reward")
+        if VITAL in self.plan.roles and not self.state.backend.roles[VITAL].alive:
+            raise RoleDown(VITAL)
         self.execution = self.state.runner.open(self.plan, client(scope))
         self.text = TextOut(self.execution.texts, self.plan)
         return self.state.admission.charge(self.plan)

@@ -68,6 +68,7 @@ def default_presets() -> dict[str, Preset]:
         "race": Preset(strategy="short-m-at-k", params={"k": 8, "m": 3}, description="vote of the 3 shortest of 8"),
         "fast": Preset(strategy="short-m-at-k", params={"k": 4, "m": 1}, description="the first of 4 to finish"),
         "majority": Preset(strategy="majority", params={"k": 8}, description="vote over 8 chains"),
+        "deep": Preset(strategy="majority", params={"k": 32}, description="vote over 32 chains"),
     }
 
 

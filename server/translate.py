@@ -104,6 +104,7 @@ async def to_plan(chat: ChatRequest, headers: Headers, serving: Serving, request
         usage_scope=settings.usage_scope,
         controls=steers,
         over=choice.over,
+        asked=choice.asked,
     )
 
 

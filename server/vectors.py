@@ -133,7 +133,7 @@ class VectorRegistry:
         raw = serialize(VectorFile(vector.layers, vector.about))
         self._folder.mkdir(parents=True, exist_ok=True)
         tensors, metadata = both_files(self._folder, vector.name)
-        described = {"id": vector.id, "norms": {str(n): each for n, each in vector.norms.items()}, **vector.about}
+        described = {**vector.about, "id": vector.id, "norms": {str(n): each for n, each in vector.norms.items()}}
         # The copy for people goes first: the tensors' file is complete by itself, and its rename is what counts.
         replace(metadata, (json.dumps(described, indent=1, sort_keys=True) + "\n").encode())
         replace(tensors, raw)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from operator import attrgetter
@@ -44,8 +44,12 @@ RELIED_ON = {
     "vllm.inputs.engine": ("tokens_input",),
     "vllm.model_executor.models.registry": ("ModelRegistry.models", "ModelRegistry.register_model"),
     "vllm.pooling_params": ("PoolingParams.skip_reading_prefix_cache",),
+    "vllm.renderers.hf": ("resolve_chat_template", "resolve_chat_template_kwargs"),
     "vllm.renderers.params": ("ChatParams",),
-    "vllm.sampling_params": ("SamplingParams.logprob_token_ids", "SamplingParams.thinking_token_budget"),
+    "vllm.sampling_params": (
+        "RequestOutputKind.DELTA", "SamplingParams.logprob_token_ids", "SamplingParams.stream_interval",
+        "SamplingParams.thinking_token_budget",
+    ),
     "vllm.usage.usage_lib": ("UsageContext.OPENAI_API_SERVER",),
     "vllm.utils.torch_utils": ("async_tensor_h2d",),
     "vllm.v1.core.block_pool": ("generate_block_hash_extra_keys",),
@@ -67,7 +71,7 @@ RELIED_ON = {
     "vllm.v1.engine.input_processor": ("InputProcessor.process_inputs",),
     "vllm.v1.engine.output_processor": (
         "OutputProcessor.add_request", "OutputProcessor.abort_requests", "OutputProcessor.propagate_error",
-        "RequestOutputCollector.put",
+        "RequestOutputCollector.put", "RequestState.make_request_output",
     ),
     "vllm.v1.metrics.loggers": ("PrometheusStatLogger.log_engine_initialized",),
     "vllm.v1.worker.gpu_model_runner": (
@@ -75,6 +79,13 @@ RELIED_ON = {
         "GPUModelRunner._dummy_run", "GPUModelRunner.get_model",
     ),
     "vllm.v1.worker.gpu_worker": ("Worker.load_model",),
+}  # fmt: skip
+# And of its second model runner, which only GPUs have by themselves.
+RELIED_ON_V2 = {
+    "vllm.v1.worker.gpu.model_runner": ("GPUModelRunner.sample_tokens", "GPUModelRunner.get_model"),
+    "vllm.v1.worker.gpu.model_states.interface": (
+        "ModelState.add_request", "ModelState.remove_request", "ModelState.prepare_inputs",
+    ),
 }  # fmt: skip
 
 
@@ -133,9 +144,9 @@ def settings_for(model: ModelDir, **chosen: object) -> Settings:
     return settings
 
 
-def check_names() -> None:
-    """Raise StartError unless every vLLM name in RELIED_ON exists."""
-    for module, names in RELIED_ON.items():
+def check_names(relied_on: Mapping[str, Sequence[str]]) -> None:
+    """Raise StartError unless every vLLM name that is relied on exists."""
+    for module, names in relied_on.items():
         try:
             found = import_module(module)
         except ImportError as error:
@@ -155,7 +166,7 @@ def launch(settings: Settings, places: Sequence[Local]) -> list[Any]:
     # The forked engine core inherits the filters: a deprecation inside vLLM must not end it when warnings are errors.
     with warnings.catch_warnings(), notes():
         warnings.simplefilter("ignore")
-        check_names()
+        check_names(RELIED_ON if cpu else RELIED_ON | RELIED_ON_V2)
         starts = [_Start(settings, place, cpu) for place in places]
         if cpu and small:
             # OMP_NUM_THREADS came too late if anybody had imported torch before: a core would spin on threads it lacks.
@@ -262,7 +273,9 @@ def extend(config: Any) -> None:
         if found and "steering" in config.additional_config[KEY]:
             raise StartError(f"Steering does not work with {obstacle}; switch it off (THINKSERVE_STEERING=false)")
         if found and "guidance" in config.additional_config[KEY]:
-            raise StartError(f"Budget guidance does not work with {obstacle}; take budget/ out of the model's folder")
+            raise StartError(
+                f"Budget guidance does not work with {obstacle}; switch it off (THINKSERVE_GUIDANCE=false)"
+            )
     if any(obstacles.values()):
         # Nobody insists: vLLM runs as it is, and jobs that ask for statistics are refused.
         config.additional_config = {}

@@ -216,7 +216,7 @@ def report(plan: Plan, answer: Answer) -> StrategyReport:
 
 def wants_report(plan: Plan, chat: ChatRequest, answer: Answer) -> bool:
     """Whether the report is due: not for a plain `single` that nobody asked about and that went without a warning."""
-    asked = chat.strategy is not None or plan.preset is not None
+    asked = plan.asked or chat.strategy is not None or plan.preset is not None
     return asked or plan.strategy.id != "single" or bool(plan.warnings or answer.warnings)
 
 

@@ -59,5 +59,5 @@ async def run(task: Task, engine: Engine, emit: Emit, options: BeamOptions) -> A
         for node in dict.fromkeys(ranked[len(kept) :]):
             if node not in kept:
                 await tree.prune(node, "beam")
-        beams = list(islice(cycle(kept), len(ranked)))
+        beams = list(islice(cycle(kept), options.n - len(slots(leaves)) if kept else 0))
     return await conclude(tree, slots(leaves), beams, options.select)

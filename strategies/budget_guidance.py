@@ -86,7 +86,8 @@ def hard_end(budget: int, task: Task, options: GuidanceOptions) -> int | None:
     """After how many thinking tokens the end is forced: at the strategy's or the request's end, or never (None)."""
     ends = [] if task.thinking_budget is None else [task.thinking_budget]
     if options.hard:
-        ends.append(ceil(budget * (1 + options.slack)))
+        # 100 tokens and a tenth are 110: the product's last digits are not meant.
+        ends.append(ceil(round(budget * (1 + options.slack), 6)))
     return min(ends, default=None)
 
 

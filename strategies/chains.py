@@ -12,7 +12,7 @@ from dataclasses import replace
 from anyio import CancelScope
 from anyio.lowlevel import checkpoint
 
-from thinkserve.strategies.confidence import Mean
+from thinkserve.strategies.confidence import Figure, Mean
 from thinkserve.strategies.engine import Delta, Emit, Engine, Event, Finish, Job, Task
 from thinkserve.strategies.errors import EngineDead, EngineFailed
 from thinkserve.strategies.pieces import Transcript
@@ -30,11 +30,11 @@ class Lane:
     loop finish together, and their index decides. `certainty` is known of chains that ask for statistics.
     """
 
-    def __init__(self, index: int, job: Job, transcript: Transcript, live: bool) -> None:
+    def __init__(self, index: int, job: Job, transcript: Transcript, live: bool, certainty: Figure) -> None:
         self.index = index
         self.job = job
         self.transcript = transcript
-        self.certainty = Mean()
+        self.certainty = certainty
         self.finish: Finish | None = None
         self.error: EngineFailed | None = None
         self.place: tuple[int, int] | None = None
@@ -91,18 +91,21 @@ class Race:
     """The chains of one task. Sampling that is greedy would make them all equal, so then there is only one.
 
     A single chain is live: its pieces go out as they are written. `live` may also be set on the one chain that is left.
-    With `stats` every chain knows its certainty; a single one has none to compare it with.
+    With a `figure` every chain knows that of its certainty; a single one has none to compare it with.
     """
 
-    def __init__(self, task: Task, engine: Engine, emit: Emit, k: int, *, stats: bool = False) -> None:
+    def __init__(
+        self, task: Task, engine: Engine, emit: Emit, k: int, *, figure: Callable[[], Figure] | None = None
+    ) -> None:
         self.task, self.engine, self.emit = task, engine, emit
         self.warnings: list[str] = []
         if k > 1 and task.sampling.greedy:
             k = 1
             self.warnings.append("greedy sampling makes all chains equal; one chain was run")
         info = engine.info()
-        jobs = [replace(task.job(i), stats=stats and k > 1) for i in range(k)]
-        self.lanes = [Lane(i, job, Transcript(info, task.phase), live=k == 1) for i, job in enumerate(jobs)]
+        jobs = [replace(task.job(i), stats=figure is not None and k > 1) for i in range(k)]
+        make = figure or Mean
+        self.lanes = [Lane(i, job, Transcript(info, task.phase), k == 1, make()) for i, job in enumerate(jobs)]
         self._turn = 0
 
     async def run(self, on_finish: Decide | None = None, on_token: Decide | None = None) -> None:

@@ -8,8 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from math import fsum, inf, isnan
+from typing import Protocol
 
 from thinkserve.strategies.engine import TokenStats
+
+
+class Figure(Protocol):
+    """What is known of a chain from its tokens so far."""
+
+    @property
+    def value(self) -> float:
+        """The figure."""
+
+    def extend(self, values: Iterable[float]) -> None:
+        """Take the values of more tokens."""
 
 
 class Mean:
@@ -80,17 +92,29 @@ class Window:
             self._sum = fsum(self._ring)
 
 
-def lowest_window(values: Sequence[float], size: int) -> float:
-    """The smallest mean of `size` neighbours; of fewer values, the mean of all (DeepConf, arXiv:2508.15260, section 3).
+class Lowest:
+    """The smallest mean of `size` neighbours so far (DeepConf, arXiv:2508.15260, section 3).
 
-    0 without values.
+    Of fewer values the mean of all; 0 without any. What is not a number is no value.
     """
-    window, lowest = Window(size), inf
-    for value in values:
-        window.push(value)
-        if window.full:
-            lowest = min(lowest, window.mean)
-    return lowest if window.full else window.mean
+
+    __slots__ = ("_lowest", "_window")
+
+    def __init__(self, size: int) -> None:
+        self._window, self._lowest = Window(size), inf
+
+    @property
+    def value(self) -> float:
+        """The smallest mean."""
+        return self._lowest if self._window.full else self._window.mean
+
+    def extend(self, values: Iterable[float]) -> None:
+        """Take more values."""
+        for value in values:
+            if not isnan(value):
+                self._window.push(value)
+                if self._window.full:
+                    self._lowest = min(self._lowest, self._window.mean)
 
 
 def mean_certainty(stats: Iterable[TokenStats]) -> float:

@@ -142,7 +142,7 @@ class Stream(Protocol):
     async def __anext__(self) -> Delta: ...
 
     def unread(self) -> Delta:
-        """What has been written and not read, without waiting for more."""
+        """What has been written and not read, the end included, without waiting for more."""
 
 
 class Detokenizer(Protocol):

@@ -3,7 +3,7 @@
     n particles at the root
     repeat until all are complete: every open particle is continued by one step
         weight of a particle = its potential, normalised over all of them, complete ones included
-        if 1 / sum of squared weights < threshold * n: resample all n from the weights
+        if 1 / sum of squared weights < threshold * n, or some came to a dead end: resample n from the weights
     the heaviest answers, or the particles vote
 
 The potential is r / (1 - r) of the reward r ("odds", what the authors' its_hub does), exp(r) ("softmax", the paper's
@@ -93,8 +93,9 @@ async def run(task: Task, engine: Engine, emit: Emit, options: ParticleOptions) 
             # A dead end is no sample, unless there is nothing else.
             particles = [node for node in particles if node.terminal or node.open] or particles
         weights = normalised([potential(node) for node in particles])
-        if weights and effective(weights) < options.threshold * len(particles):
-            particles = await _resampled(tree, particles, systematic(weights, len(particles), rng.random()))
+        lost = len(particles) < options.n and any(node.open for node in particles)
+        if weights and (lost or effective(weights) < options.threshold * options.n):
+            particles = await _resampled(tree, particles, systematic(weights, options.n, rng.random()))
     # A limit may strike when every solution has been resampled away.
     weighed = particles if any(node.terminal for node in particles) else tree.solutions or particles
     weight = dict(zip(weighed, normalised([potential(node) for node in weighed]), strict=True))

@@ -72,11 +72,11 @@ class ScriptedStream:
         self.waited = 0
         if self.error is not None and self._read == len(self.tokens):
             raise self.error
-        self._over = self.finish is not None
         return self.unread()
 
     def unread(self) -> Delta:
-        """What has been written and not read."""
+        """What has been written and not read, and the end."""
+        self._over = self.finish is not None
         places = self._sources[self._read :]
         new, self._read = tuple(self.tokens[self._read :]), len(self.tokens)
         stats = tuple(self.stats(self.index, place - 1) for place in places) if self.job.stats else ()

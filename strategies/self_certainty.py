@@ -2,12 +2,14 @@
 
     run k chains with seeds of their own to their ends
     certainty of a chain = mean over its tokens of KL(uniform || p) = mean of  logsumexp(z) - mean(z) - ln V
+                           or the lowest mean of `window` tokens in a row: a chain is as sure as its weakest stretch
     "best-of-n": return the surest chain
     "borda":     rank chains by certainty, the surest first; the vote of rank r counts (k - r + 1) ** power
                  return the surest chain of the answer with most weight
 
 z are the raw logits, before temperature, penalties and masks. A chain without an answer to compare keeps its rank but
-has no vote. Best-of-n serves what cannot be voted on, such as prose and programs; power 0 is majority@k.
+has no vote. Best-of-n serves what cannot be voted on, such as prose and programs; power 0 is majority@k. The lowest
+window is DeepConf's measure of whole chains (arXiv:2508.15260, section 3), there of the 20 best log-probabilities.
 """
 
 from __future__ import annotations
@@ -19,9 +21,10 @@ from typing import Literal
 from pydantic import Field
 
 from thinkserve.strategies.chains import Lane, Race
-from thinkserve.strategies.confidence import borda
+from thinkserve.strategies.confidence import Lowest, Mean, borda
 from thinkserve.strategies.engine import Answer, Emit, Engine, Event, Task
 from thinkserve.strategies.registry import LED, Options, Supports, strategy
+from thinkserve.strategies.scale import scaled
 from thinkserve.strategies.settle import Choice, by_vote, settle
 
 # The paper's heuristic (section 5): few chains vote almost equally, many leave the decision to the sure ones.
@@ -34,6 +37,12 @@ class SelfCertaintyOptions(Options):
     k: int = Field(default=8, ge=1, le=64, description="How many chains are run.")
     select: Literal["borda", "best-of-n"] = Field(
         default="borda", description="Whether chains vote by rank of certainty, or the surest answers."
+    )
+    certainty: Literal["mean", "lowest-window"] = Field(
+        default="mean", description="Of all tokens of a chain, or of its weakest stretch."
+    )
+    window: int | None = Field(
+        default=None, ge=1, le=65_536, description="Tokens of a stretch; left out, 2048, or a small context's share."
     )
     power: float | None = Field(
         default=None,
@@ -57,7 +66,9 @@ class SelfCertaintyOptions(Options):
 )
 async def run(task: Task, engine: Engine, emit: Emit, options: SelfCertaintyOptions) -> Answer:
     """k chains run to their ends and vote by how certain they are, or the most certain one answers."""
-    race = Race(task, engine, emit, options.k, stats=True)
+    size = options.window or scaled(2048, engine.info().context)
+    figure = Mean if options.certainty == "mean" else partial(Lowest, size)
+    race = Race(task, engine, emit, options.k, figure=figure)
     await race.run()
     power = default_power(len(race.lanes)) if options.power is None else options.power
     choose = surest if options.select == "best-of-n" else partial(by_rank, power=power)

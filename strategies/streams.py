@@ -32,7 +32,7 @@ class Through:
         return await self._inner.__anext__()
 
     def unread(self) -> Delta:
-        """What has been written and not read."""
+        """What has been written and not read, the end included."""
         return self._inner.unread()
 
 

@@ -185,7 +185,7 @@ class Tree:
             await self.emit(piece)
         whole = node.terminal or node.finish == "repetition"
         finish: Finish = node.finish if whole else self.ended or "length"
-        stopped_by: StoppedBy = "budget" if over == "tokens" else "all_done"
+        stopped_by: StoppedBy = "all_done" if over is None else "error" if over == REWARDS else "budget"
         stopped_by = STOPPED_BY.get(self.ended or finish, stopped_by)
         return Answer(tuple(transcript.tokens), finish, node.id, stopped_by, reason, votes, tuple(self.warnings))
 

@@ -105,7 +105,7 @@ class Trimr(Modified):
     async def follow(self, job: Job) -> AsyncIterator[Watcher]:
         """A watcher, and beside it the one who asks; both end with the chain."""
         watched = _Watched(self, job)
-        if watched.over or not self.options.overthinking:
+        if watched.over or not (self.options.overthinking or self.options.underthinking):
             yield watched
             return
         try:
@@ -153,6 +153,7 @@ class _Watched(Thought):
         budget = job.max_tokens if job.thinking_budget is None else min(job.thinking_budget, job.max_tokens)
         self._most = options.budget_share * budget
         self._thoughts = self._agree = 0
+        self._agreed = False
         self._error: Exception | None = None
         self._scope = CancelScope()
         self._queue: deque[tuple[int, tuple[str, ...]]] = deque()
@@ -175,7 +176,7 @@ class _Watched(Thought):
         if options.repetition and self._repetition.push(token):
             self.end(Ending("repetition", at_once=True))
         late = self.length >= self._most, self._thoughts >= options.thoughts
-        if options.underthinking and (all if options.need == "both" else any)(late):
+        if options.underthinking and not self._agreed and (all if options.need == "both" else any)(late):
             self.end(Ending("underthinking"))
         if ended:
             self._queue.extend(enumerate(ended, self._thoughts - len(ended) + 1))
@@ -220,7 +221,8 @@ class _Watched(Thought):
             self._agree = self._agree + 1 if same else 0
         told = {"thought": number, "exists": exists, "same": same, "count": self._agree}
         self.tell(Event("verifier", self._trimmed.index(self.job), told))
-        if self._agree >= self._options.agreements:
+        self._agreed = self._agree >= self._options.agreements
+        if self._agreed and self._options.overthinking:
             self.end(Ending("overthinking", self._kind))
 
     def _failed(self, error: Lost) -> None:

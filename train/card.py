@@ -49,11 +49,16 @@ Mean length in tokens: {mean_tokens} (right {mean_tokens_right}, wrong {mean_tok
 - Verification, answered Yes or No: `{exists}` and `{same}`
 - Progress: `{summary}`, and to go on from a summary: `{go_on}`
 - Judgement: `{judge}`
-{vectors}"""
+{vectors}{predictor}"""
 VECTORS = """
 ## Steering vectors
 How they were made and what they do: `steering/README.md` and `thinkserve vectors show NAME --model models/{name}`.
 
+"""
+PREDICTOR = """
+## Budget predictor
+`budget/`: how many tokens of thinking are left, learned from {traces} traces of the model's own; how well, tells
+`thinkserve budget show --model models/{name}`.
 """
 
 
@@ -123,6 +128,7 @@ def write_card(folder: Path, shape: Shape, log: dict[str, Any], report: dict[str
         go_on=_one_line(ASK_CONTINUE),
         judge=_one_line(ASK_JUDGE),
         vectors=_vectors(folder),
+        predictor=_predictor(folder),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
     (folder / "evaluation.json").write_text(json.dumps({"training": log, **report}, indent=1) + "\n", encoding="utf-8")
@@ -137,7 +143,16 @@ def _vectors(folder: Path) -> str:
 def _vector(name: str, facts: dict[str, Any]) -> str:
     layers, scale = ", ".join(facts["norms"]), (facts.get("calibration") or {}).get("scale")
     strength = "not calibrated" if scale is None else f"meant for scale {scale:g}"
-    return f"- `{name}`: recipe {facts['recipe']}, layers {layers} ({facts['convention']}), {strength}\n"
+    where = f"recipe {facts['recipe']}, position {facts['position']}, layers {layers} ({facts['convention']})"
+    return f"- `{name}`: {where}, {strength}\n"
+
+
+def _predictor(folder: Path) -> str:
+    """The section on the predictor that lies beside the weights; empty if there is none."""
+    file = folder / "budget" / "predictor.json"
+    if not file.exists():
+        return ""
+    return PREDICTOR.format(name=folder.name, traces=json.loads(file.read_text("utf-8"))["training"]["traces_used"])
 
 
 def _one_line(text: str) -> str:

@@ -13,6 +13,7 @@ from anyio.from_thread import BlockingPortal
 from prometheus_client import REGISTRY, generate_latest
 
 from tests.engine import tiny_rewards
+from tests.strategies.worlds import SMALL
 from thinkserve.server.deployment import plan_models
 from thinkserve.server.errors import RoleDown
 from thinkserve.server.meter import MeteredEngine
@@ -20,7 +21,9 @@ from thinkserve.server.metrics import Metrics
 from thinkserve.server.model_dir import MODELS
 from thinkserve.server.roles import Roles, create
 from thinkserve.server.settings import Settings
-from thinkserve.strategies.engine import Job, Path, Role, Sampling
+from thinkserve.strategies import registry
+from thinkserve.strategies.engine import Answer, Job, Path, Role, Sampling, Task
+from thinkserve.strategies.testing import Recorder, example
 
 WRITERS: dict[Role, str] = {"target": "small", "guide": "arith-large", "verifier": "arith-large"}
 QUESTION = "Start with 17. Add 25. Multiply by 3. What is the result?"
@@ -107,6 +110,34 @@ def test_a_reward_model_scores_beside_the_writers(portal: BlockingPortal, roles:
     assert [1, 1, 1, 1, 1] == [len(each.rewards) for each in (*first, *then)]
     assert all(0 <= reward <= 1 for each in (*first, *then) for reward in each.rewards)
     assert all(each.cached > 60 for each in then)
+
+
+@pytest.mark.parametrize("name", [name for name in registry.names() if name != "steering"])
+def test_every_strategy_runs_on_real_models_and_is_accounted_for(
+    portal: BlockingPortal, roles: Roles, name: str
+) -> None:
+    """What it says of its tokens is what vLLM counted for each model, and nothing of it lives on."""
+    entry, meter, out = registry.get(name), MeteredEngine(roles.engine(f"req-{name}", "salt"), Metrics()), Recorder()
+    given = {"k": 3, "m": 1, "budget": 20} | SMALL.get(name, {})
+    options = example(entry, **{key: given[key] for key in given.keys() & entry.options.model_fields.keys()})
+
+    async def scenario() -> Answer:
+        prompt = await roles.render([{"role": "user", "content": QUESTION}])
+        task = Task(prompt.tokens, 64, Sampling(1.0), phase=prompt.phase, seed=7, question=QUESTION, interval=16)
+        answer = await entry.run(task, meter, out, options)
+        await anyio.sleep(0.2)
+        return answer
+
+    before = {model: counted(model) for model in set(WRITERS.values())}
+    answer = portal.call(scenario)
+    spent = {model: counted(model) - before[model] for model in before}
+
+    assert out.tokens == answer.tokens
+    assert 0 < len(answer.tokens) <= 64
+    target = meter.by_role()["target"]
+    assert {"small": target, "arith-large": meter.generated - target} == spent
+    served: dict[Role, Any] = dict(roles.roles)
+    assert [] == [role for role, model in served.items() if model.unfinished]
 
 
 def test_a_helper_that_is_killed_takes_its_roles_and_nothing_else(portal: BlockingPortal, roles: Roles) -> None:

@@ -135,9 +135,8 @@ def test_a_missing_name_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> 
     """A name that a module lacks, and a module that is not there; modules of the library stand in for vLLM's."""
     # To import vLLM here would be to import it without its environment, before the session's engine does.
     for module, name in (("json", "JSONDecoder.gone"), ("json.gone", "anything")):
-        monkeypatch.setattr(vllm_launch, "RELIED_ON", {module: (name,)})
         with pytest.raises(StartError, match=rf"^This vLLM has no {module}.*0\.32\.x$"):
-            vllm_launch.check_names()
+            vllm_launch.check_names({module: (name,)})
 
 
 def test_another_vllm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -294,3 +294,27 @@ async def test_a_stop_string_may_begin_in_one_segment_and_end_in_the_next() -> N
                 finishes += [delta.finish async for delta in stream]
         assert engine.decode(chain.tokens) == "xSTOP"
     assert finishes == [None, None, "length", None, "stop"]
+
+
+async def test_a_chain_that_was_complete_before_the_deadline_has_not_been_cut() -> None:
+    """However late it is read, its own end counts."""
+    engine = ScriptedEngine(["abc"])
+    with LimitedEngine(engine) as limited:
+        async with limited.generate(JOB) as stream:
+            await anext(stream)
+            for _ in range(9):
+                engine.step()
+            limited.end("deadline")
+            rest = [delta async for delta in stream]
+    assert ("bc", "stop") == (engine.decode([t for delta in rest for t in delta.tokens]), rest[-1].finish)
+
+
+async def test_a_chain_in_parts_has_what_was_written_until_the_deadline() -> None:
+    """The unread tokens of a segment are tokens of the chain."""
+    engine = ScriptedEngine(["a" * 90], tick=0.02)
+    with anyio.fail_after(2), LimitedEngine(engine, None, 0.3) as limited:
+        async with limited.chain(replace(JOB, interval=80)) as chain:
+            async with chain.segment(100) as stream:
+                read = [token async for delta in stream for token in delta.tokens]
+            assert list(chain.tokens) == read
+    assert engine.history[0].generated == len(read) > 2

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
+from time import thread_time
 
 import pytest
 from hypothesis import given, settings
@@ -11,8 +14,9 @@ from hypothesis import strategies as st
 from thinkserve.server.meter import MeteredEngine
 from thinkserve.server.metrics import Metrics
 from thinkserve.strategies import registry
-from thinkserve.strategies.engine import Job, Path, Task
+from thinkserve.strategies.engine import Delta, Job, Path, Stream, Task
 from thinkserve.strategies.errors import EngineFailed
+from thinkserve.strategies.streams import Told
 from thinkserve.strategies.testing import Recorder, ScriptedEngine
 
 pytestmark = pytest.mark.anyio
@@ -164,3 +168,43 @@ async def test_the_part_of_the_prompts_that_was_cached_is_known_from_the_second_
 
     await read(meter, replace(job, prompt=(5,) * 6))
     assert 0.4 == meter.hit_ratio
+
+
+async def test_a_branch_that_begins_alike_is_a_chain_of_its_own() -> None:
+    """One token in common does not make the second child of one node a child of its sibling's."""
+    texts = {"": ("17+", "17*"), "17*": ("1", "2")}
+    engine = ScriptedEngine(lambda job, _: texts[engine.decode(job.prompt[1:])][len(meter.chains) % 2 - 1])
+    meter = metered(engine)
+    job = Job(prompt=(5,), max_tokens=3)
+    first, second = [await read(meter, job) for _ in range(2)]
+    assert first[:2] == second[:2]
+
+    child = replace(job, prompt=job.prompt + second)
+    async with meter.generate(child) as one, meter.generate(child) as other:
+        for stream in (one, other):
+            async for _ in stream:
+                pass
+
+    assert [3, 3 + 2, 2] == [chain.generated for chain in meter.chains]
+
+
+class Terse(ScriptedEngine):
+    """Says one token, whatever it is asked; unlike its base it does not look at what was said before."""
+
+    @asynccontextmanager
+    async def generate(self, job: Job) -> AsyncIterator[Stream]:
+        """One token and the end."""
+        yield Told(Delta((9,), finish="length"))
+
+
+async def test_thousands_of_branches_do_not_slow_each_other_down() -> None:
+    """The chain that a job goes on with is found without looking at all of them."""
+    meter, spent = metered(Terse([])), list[float]()
+    for size in (500, 501):
+        started = thread_time()
+        for index in range(2000):
+            await read(meter, Job((5,) * size + (index % 250 + 10,) * 500, max_tokens=1))
+        spent.append(thread_time() - started)
+
+    assert spent[1] < 3 * spent[0]
+    assert 4000 == len(meter.chains)

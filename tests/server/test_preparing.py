@@ -74,6 +74,22 @@ def test_chats_that_wait_to_be_rendered_take_places(serve: Serve, until: Until, 
     until(lambda: server.chat().status_code == 200)
 
 
+def test_a_body_that_never_comes_keeps_nobody_out(serve: Serve, until: Until) -> None:
+    """Whoever has said what it wants is served, however many have not."""
+    server, _ = slow_server(serve, max_inflight=1)
+    head = (
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
+    )
+    silent = [server.raw() for _ in range(3)]
+    for connection in silent:
+        connection.sendall(head + b"{")
+    time.sleep(0.2)
+
+    assert 200 == server.chat().status_code
+    for connection in silent:
+        connection.close()
+
+
 def test_a_place_is_given_back_once_however_the_request_ends(serve: Serve, until: Until) -> None:
     """Afterwards there is room for exactly as many as before."""
     server, backend = slow_server(serve, max_inflight=1)

@@ -27,8 +27,7 @@ from thinkserve.strategies.testing import SCRIPTED, ScriptedEngine
 
 TEXT = ScriptedEngine([])
 INFO = replace(SCRIPTED, name="big", context=1000)
-PROMPT = (5, 6, 7)
-JOB = Job(PROMPT, 100, seed=3)
+JOB = Job(PROMPT := (5, 6, 7), 100, seed=3)
 
 pytestmark = pytest.mark.anyio
 
@@ -362,19 +361,30 @@ async def test_a_stream_cut_off_after_its_finish_is_whole() -> None:
     assert [((5,), "stop")] == [(delta.tokens, delta.finish) for delta in found]
 
 
+async def never_ending(asked: Asked, stream: ByteStream) -> bool:
+    """Sends the last token, and never the end of the stream."""
+    await stream.send(STREAM + framed(chunk(finish_reason="length")))
+    await anyio.sleep(30)
+    return True
+
+
 async def test_a_server_that_never_ends_a_finished_stream_is_not_waited_for() -> None:
     """A second at most; the connection is not used again."""
-
-    async def fault(asked: Asked, stream: ByteStream) -> bool:
-        await stream.send(STREAM + framed(chunk(finish_reason="length")))
-        await anyio.sleep(30)
-        return True
-
-    async with remote(FakeVllm(fault=fault)) as model:
+    async with remote(FakeVllm(fault=never_ending)) as model:
         with anyio.fail_after(3):
             found = await deltas(model)
 
     assert "length" == found[-1].finish
+
+
+async def test_a_reader_that_is_cancelled_can_take_what_had_arrived() -> None:
+    """With the end, if that had come; and once."""
+    async with remote(FakeVllm(fault=never_ending)) as model, model.engine("req").generate(JOB) as stream:
+        with anyio.move_on_after(0.3):
+            await anext(stream)
+        taken = stream.unread()
+
+    assert ((5,), "length", ()) == (taken.tokens, taken.finish, stream.unread().tokens)
 
 
 async def test_a_chain_goes_on_where_it_was(anyio_backend: str) -> None:

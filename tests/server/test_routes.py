@@ -35,6 +35,26 @@ async def test_a_client_that_has_the_document_is_told_so(path: str) -> None:
     assert (await get(path, {"If-None-Match": '"other"'})).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("headers", "more", "reported"),
+    [
+        ({}, {}, False),
+        ({"X-Reasoning-Strategy": "single"}, {}, True),
+        ({}, {"reasoning": {"mode": "single"}}, True),
+        ({}, {"strategy": "single"}, True),
+    ],
+)
+async def test_a_plain_answer_is_reported_on_where_its_strategy_was_asked_for(
+    headers: Mapping[str, str], more: Mapping[str, object], reported: bool
+) -> None:
+    """In whatever place; otherwise the response is what OpenAI's would be."""
+    app = create_app(Settings(), ScriptedBackend(ScriptedEngine(["t</think>a"])))
+    body = {"model": "scripted", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 9, **more}
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1") as client:
+        answer = await client.post("/v1/chat/completions", json=body, headers=headers)
+    assert (200, reported) == (answer.status_code, "strategy" in answer.json())
+
+
 async def test_models_and_strategies_are_listed() -> None:
     """Presets among the models, every registered strategy among the strategies."""
     models, strategies = (await get("/v1/models")).json(), (await get("/v1/strategies")).json()

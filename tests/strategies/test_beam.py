@@ -100,3 +100,14 @@ def test_a_step_that_is_kept_is_not_told_as_pruned() -> None:
 
     assert {"": 2, "a\n\n": 2} == dict(world.visits)
     assert [] == [event["node"] for event in told(out, "node.pruned") if event["reason"] == "beam"]
+
+
+def test_slots_of_dead_ends_are_taken_by_others() -> None:
+    """Three of four first steps end inside their thinking: the fourth goes on in all four slots."""
+    steps = {"": ("so 1.", "so 2.", "so 3.", "a\n\n"), "a\n\n": tuple(f"b</think>{n}" for n in range(4))}
+    world = World(steps, prompt="q<think>")
+
+    answer, _ = search("beam", world, world.task(phase="thinking"), n=4, m=2, select="majority")
+
+    assert {"": 4, "a\n\n": 4} == dict(world.visits)
+    assert {"0": 1, "1": 1, "2": 1, "3": 1} == dict(answer.votes)

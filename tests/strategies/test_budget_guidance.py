@@ -39,6 +39,7 @@ async def test_the_chain_is_guided_towards_the_budget_and_ended_beyond_it() -> N
         (40, None, 0.0, True, 40, 40),
         (41, None, 0.25, True, 41, 52),
         (40, None, 0.25, False, 40, None),
+        (100, None, 0.1, True, 100, 110),
         (None, 60, 0.25, True, 60, 60),
         (None, 60, 0.25, False, 60, 60),
         (40, 45, 0.25, True, 40, 45),

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thinkserve.strategies.confidence import Mean, Window, borda, close_margin, lowest_window, mean_certainty
+from thinkserve.strategies.confidence import Lowest, Mean, Window, borda, close_margin, mean_certainty
 from thinkserve.strategies.engine import TokenStats
 
 VALUES = st.lists(st.floats(-1e6, 1e6), max_size=80)
@@ -74,11 +74,15 @@ def test_a_window_forgets_rounding_after_one_round(size: int) -> None:
 
 @given(VALUES, st.integers(1, 30))
 def test_the_lowest_window_is_the_smallest_of_all_windows(values: list[float], size: int) -> None:
-    """With stride 1; a chain shorter than the window has its mean."""
+    """With stride 1, however they come; a chain shorter than the window has its mean. What is no number is no value."""
     parts = [values[at : at + size] for at in range(len(values) - size + 1)] or [values]
     means = [fsum(part) / len(part) if part else 0.0 for part in parts]
 
-    assert pytest.approx(min(means), rel=1e-9, abs=1e-6) == lowest_window(values, size)
+    lowest = Lowest(size)
+    lowest.extend(values[:5])
+    lowest.extend([nan, *values[5:]])
+
+    assert pytest.approx(min(means), rel=1e-9, abs=1e-6) == lowest.value
 
 
 def test_a_window_holds_something() -> None:

@@ -224,3 +224,13 @@ def test_dead_ends_have_no_weight() -> None:
     _, out = search("particle", world, world.task(phase="thinking"), n=4)
 
     assert "8" == world.decode(out.tokens_of("answer"))
+
+
+def test_particles_that_were_lost_are_made_up_for() -> None:
+    """Of four that began, two came to a dead end: four go on."""
+    steps = {"": ("so 1.", "so 2.", "a\n\n", "b\n\n"), "a\n\n": ("c</think>8",), "b\n\n": ("c</think>8",)}
+    world = World(steps, prompt="q<think>")
+
+    search("particle", world, world.task(phase="thinking"), n=4)
+
+    assert {"": 4, "a\n\n": 2, "b\n\n": 2} == dict(world.visits)

@@ -130,3 +130,19 @@ def test_a_power_out_of_range_is_refused(power: float) -> None:
     """Before anything runs."""
     with pytest.raises(ValidationError):
         SelfCertaintyOptions(power=power)
+
+
+async def test_the_weakest_stretch_decides_where_it_is_asked_for() -> None:
+    """The first chain is surer on average, but not for four tokens in a row."""
+    weak = [9.0] * 3 + [1.0] * 4 + [9.0] * 20
+    engine, other = (
+        ScriptedEngine(chains("1", "2"), stats=lambda index, at: TokenStats((weak[at], 5.0)[index], 1.0, 1.0, -5.0))
+        for _ in range(2)
+    )
+
+    mean, _ = await play("self-certainty", engine, task_for(engine), k=2, select="best-of-n")
+    lowest, _ = await play(
+        "self-certainty", other, task_for(other), k=2, select="best-of-n", certainty="lowest-window", window=4
+    )
+
+    assert (0, 1) == (mean.winner, lowest.winner)

@@ -237,6 +237,7 @@ def test_passes_of_the_scorer_are_limited(name: str) -> None:
 
     assert 6 == sum(len(paths) for _, paths in world.scored)
     assert "stopped by its limit of passes" in answer.reason
+    assert "budget" == answer.stopped_by
     assert "stop" == answer.finish
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -14,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thinkserve.strategies.engine import Answer, Event, Job, ModelInfo, Task
+from tests.strategies.trimming import OFF, Watched, endings, task_for, thinking, thought, trim, verdicts
+from thinkserve.strategies.engine import Answer, Event, Job, ModelInfo
 from thinkserve.strategies.errors import EngineDead, EngineFailed, Unsupported
 from thinkserve.strategies.modifiers import Layer, layered, modifiers
 from thinkserve.strategies.registry import get
@@ -22,65 +21,6 @@ from thinkserve.strategies.testing import SCRIPTED, Recorder, ScriptedEngine, pl
 from thinkserve.strategies.trimr import LEAD, TrimrOptions
 
 pytestmark = pytest.mark.anyio
-
-PROMPT = "q<think>"
-Says = Callable[[str], str]
-OFF: dict[str, Any] = {"underthinking": False, "repetition": False}
-
-
-def honest(prompt: str) -> str:
-    """What a good verifier says: does an excerpt state a result; are two results the same?"""
-    results = re.findall(r"answer is (\w+)", prompt)
-    if "Second excerpt" in prompt:
-        return "Yes" if results[0] == results[1] else "No"
-    return "Yes" if results else "No"
-
-
-def thought(result: str, number: int = 0) -> str:
-    """A thought that turns round, thinks, and states a result or none."""
-    said = f"So the answer is {result}.\n\n" if result else "So I do not know yet.\n\n"
-    return f"Wait, this is look number {number} at the whole of it. Now then.\n\n{said}"
-
-
-def thinking(results: str) -> str:
-    return "".join(thought("" if each == "-" else each, number) for number, each in enumerate(results))
-
-
-class Watched(ScriptedEngine):
-    """Writes one script, and answers as a verifier; `says` is asked for every reply."""
-
-    def __init__(self, script: str, says: Says = honest, **more: Any) -> None:
-        self.asked: list[str] = []
-
-        def write(job: Job, _: int) -> str:
-            if job.role == "target":
-                return script
-            self.asked.append(self.decode(job.prompt))
-            return says(self.asked[-1])
-
-        super().__init__(write, roles=("target", "verifier"), **more)
-
-
-async def trim(engine: ScriptedEngine, task: Task | None = None, **options: Any) -> tuple[Answer, Recorder, str]:
-    """The strategy at work; its text with the closing tag."""
-    answer, out = await play("trimr", engine, task or task_for(engine), **options)
-    assert [] == engine.live
-    assert answer.tokens == out.tokens
-    text = "".join("</think>" if token == 2 else engine.decode([token]) for token in answer.tokens)
-    return answer, out, text
-
-
-def task_for(engine: ScriptedEngine, max_tokens: int = 9000, **more: Any) -> Task:
-    return Task(engine.encode(PROMPT), max_tokens, question="1+1?", **more)
-
-
-def verdicts(out: Recorder) -> list[tuple[Any, ...]]:
-    told = [event.data for event in out.events if event.type == "verifier"]
-    return [(each["thought"], each["exists"], each["same"], each["count"]) for each in told]
-
-
-def endings(out: Recorder) -> list[tuple[Any, Any]]:
-    return [(event.data["rule"], event.data["ending"]) for event in out.events if event.type == "budget.forced"]
 
 
 async def test_three_results_that_agree_end_the_thinking_at_the_third() -> None:
@@ -128,6 +68,16 @@ async def test_twenty_thoughts_without_agreement_are_closed_by_force() -> None:
     assert thoughts.endswith("look number 20 at the whole of it.\n\nEnough.\n")
     assert "It is 7." == answer
     assert "It is 7." == engine.decode(out.tokens_of("answer"))
+
+
+@pytest.mark.parametrize(("results", "ended"), [("1" * 30, []), ("12" * 15, [("underthinking", "forced")])])
+async def test_results_that_agree_are_no_underthinking(results: str, ended: list[tuple[str, str]]) -> None:
+    """Where nothing ends what agrees, it goes on; the verifier is asked all the same."""
+    engine = Watched(thinking(results) + "</think>1")
+    _, out, _ = await trim(engine, overthinking=False, repetition=False)
+
+    assert ended == endings(out)
+    assert engine.asked
 
 
 @pytest.mark.parametrize(("need", "closed"), [("either", True), ("both", False)])

@@ -30,9 +30,10 @@ def test_a_card_written_anew_says_the_same(tmp_path: Path) -> None:
     report = json.loads((LARGE / "evaluation.json").read_text())
     folder = tmp_path / LARGE.name
     folder.mkdir()
-    (folder / "vectors").symlink_to(LARGE / "vectors")
+    for beside in ("vectors", "budget"):
+        (folder / beside).symlink_to(LARGE / beside)
 
     write_card(folder, SHAPES["large"], report["training"], report)
 
     assert (folder / "README.md").read_text() == (LARGE / "README.md").read_text()
-    assert "`brief`: recipe asc, layers 4, 5" in (folder / "README.md").read_text()
+    assert "`brief`: recipe asc, position prompt, layers 4, 5" in (folder / "README.md").read_text()
