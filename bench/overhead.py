@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness import ROOT, keep, machine, table, versions
+from bench.inprocess import TARGETS, verdict
 from bench.stats import Interval, paired_ratio
 from thinkserve.server.settings import Settings
 from thinkserve.server.vllm_engine import VllmBackend
@@ -110,6 +111,17 @@ def _cost(found: Mapping[str, Sequence[Round]], rows: int) -> Cost:
     )
 
 
+def expectations(costs: Sequence[Cost], most: Mapping[str, float]) -> str:
+    """The table of what was expected: the wall time of each way of `most`, over that of the first."""
+    lines: list[list[str]] = []
+    for way, limit in most.items():
+        for cost in costs:
+            wall = cost.wall[way]
+            met = verdict(wall.value <= limit)
+            lines.append([f"{way}, {cost.rows} rows: wall time", f"<= {limit}", f"{wall:.3f}", met])
+    return table(TARGETS, lines)
+
+
 def report(costs: Sequence[Cost]) -> str:
     """The table."""
     ways = list(costs[0].speed)
@@ -139,8 +151,13 @@ def settings_of(options: argparse.Namespace) -> Settings:
     return Settings(**({"model": options.model} if options.model else {}), kv_cache_gib=0.25)
 
 
-def main(name: str, options: argparse.Namespace, bench: Callable[[argparse.Namespace], Awaitable[list[Cost]]]) -> None:
-    """Measure, print the machine, a table and one JSON line, and keep the last two in `results/`."""
+def main(
+    name: str,
+    options: argparse.Namespace,
+    bench: Callable[[argparse.Namespace], Awaitable[list[Cost]]],
+    most: Mapping[str, float] = {},
+) -> None:
+    """Measure, print the machine, tables and one JSON line, and keep these in `results/`. `most`: see expectations."""
     if options.quick:
         options.rounds, options.tokens = 3, 48
 
@@ -148,7 +165,7 @@ def main(name: str, options: argparse.Namespace, bench: Callable[[argparse.Names
         return await bench(options)
 
     costs = asyncio.run(run())
-    date, shown = datetime.now(UTC).date().isoformat(), report(costs)
+    date, shown = datetime.now(UTC).date().isoformat(), "\n\n".join([report(costs), expectations(costs, most)])
     found: dict[str, Any] = {"date": date, "machine": machine(), "versions": versions(), "options": vars(options)}
     data = found | {"costs": list(map(asdict, costs))}
     print(found["machine"], shown, json.dumps(data), sep="\n")

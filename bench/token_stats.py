@@ -42,4 +42,5 @@ async def bench(options: argparse.Namespace) -> list[Cost]:
 
 def main() -> None:
     """Measure and print."""
-    overhead.main("stats-overhead", overhead.parser("What token statistics cost.").parse_args(), bench)
+    options = overhead.parser("What token statistics cost.").parse_args()
+    overhead.main("stats-overhead", options, bench, {"asked": 1.02})

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from math import exp, isnan, log, sqrt
+from typing import Literal
 
 from pydantic import Field
 
@@ -53,6 +54,10 @@ class RapOptions(TreeOptions):
     select: Select = Field(default="best", description="The best solution answers, or a weighted or plain vote.")
     ask: str = Field(
         default=ASK, max_length=4000, description="What the verifier is asked; names {question}, {work} and {step}."
+    )
+    on_verifier_error: Literal["continue", "fail"] = Field(
+        default="continue",
+        description="If the verifier fails: a step is undecided, or the request ends with its error.",
     )
 
     def chains(self) -> int:
@@ -141,16 +146,18 @@ class Plan:
     async def _ask(self, step: Node) -> float:
         tree, work = self._tree, "".join(step.path[: -len(step.steps) or None])
         parts = {"question": tree.task.question, "work": work.strip(), "step": step.text.strip()}
-        tree.spent.passes += 1
-        # The verifier's one word is on the request's bill.
-        tree.spent.tokens += 1
         try:
             odds = await self._verifier.ask(filled(self._options.ask, **parts))
         except EngineDead:
             raise
         except LOST as error:
+            if self._options.on_verifier_error == "fail" and tree.ended is None:
+                raise
             tree.warn(f"a step was not judged: {error}")
             return UNDECIDED
+        tree.spent.passes += 1
+        # The verifier's one word is on the request's bill.
+        tree.spent.tokens += 1
         return UNDECIDED if isnan(odds) else chance(odds)
 
 

@@ -109,6 +109,7 @@ class Writer:
             seed=successor(draft.seed, -number) if number else draft.seed,
             stop=() if step is None else (STEP,),
             logprobs=self._logprobs,
+            interval=self._task.interval,
         )
 
     def _thinking(self, phases: Phases, allowance: Allowance, room: int) -> int | None:

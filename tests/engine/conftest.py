@@ -34,7 +34,7 @@ def portal() -> Iterator[BlockingPortal]:
 @pytest.fixture(scope="session")
 def backend(portal: BlockingPortal) -> Iterator[VllmBackend]:
     """The embedded model on vLLM, started once; 65 thousand tokens of cache and more are plenty for tests."""
-    backend = portal.call(create, Settings(kv_cache_gib=0.25))
+    backend = portal.call(create, Settings(dtype="float32", kv_cache_gib=0.25))
     yield backend
     portal.call(backend.aclose)
 

@@ -79,7 +79,9 @@ async def child(runner: str) -> None:
     if runner == "V2":
         # Its top-p kernel does not run in Triton's interpreter.
         setattr(VllmBackend, "warm_up", no_warm_up)  # noqa: B010 -- mypy forbids the plain form
-    backend = await create(Settings(kv_cache_gib=0.05, max_model_len=256, enforce_eager=runner != "compiled"))
+    backend = await create(
+        Settings(dtype="float32", kv_cache_gib=0.05, max_model_len=256, enforce_eager=runner != "compiled")
+    )
     try:
         config = backend._llm.vllm_config
         how = {"V2": config.use_v2_model_runner, "compiled": bool(config.compilation_config.mode)}

@@ -35,7 +35,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tiny]:
 def engines(portal: BlockingPortal, tiny: dict[str, Tiny]) -> Iterator[dict[str, RewardBackend]]:
     """All of them at once in this process."""
     places = [Local(("reward",), check_model(each.folder), name, kv_gib=0.02) for name, each in tiny.items()]
-    started = portal.call(start, Settings(), places)
+    started = portal.call(start, Settings(dtype="float32"), places)
     yield {place.name: each for place, each in zip(places, started, strict=True) if isinstance(each, RewardBackend)}
     for each in started:
         portal.call(each.aclose)

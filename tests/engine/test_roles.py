@@ -36,7 +36,7 @@ def roles(portal: BlockingPortal, tmp_path_factory: pytest.TempPathFactory) -> I
     prm = tiny_rewards.make(tmp_path_factory.mktemp("prm"), "Qwen3ForTokenClassification").folder
     settings = Settings(
         model=str(MODELS / "arith-small"), guide=large, verifier=large, reward=str(prm), kv_cache_gib=0.05,
-        role_kv_gib={"guide": 0.05, "reward": 0.02}, served_name="small",
+        role_kv_gib={"guide": 0.05, "reward": 0.02}, served_name="small", dtype="float32",
     )  # fmt: skip
     backend = portal.call(create, settings, plan_models(settings, cpu=True))
     yield backend

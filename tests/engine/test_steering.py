@@ -50,7 +50,7 @@ def model() -> Any:
 @pytest.fixture(scope="module")
 def small(portal: BlockingPortal) -> Iterator[VllmBackend]:
     """An engine with 640 tokens of cache: a few sequences of 150 tokens and it must preempt."""
-    backend = portal.call(create, Settings(kv_cache_gib=21 * 32 * 3072 / 2**30, max_model_len=256))
+    backend = portal.call(create, Settings(dtype="float32", kv_cache_gib=21 * 32 * 3072 / 2**30, max_model_len=256))
     yield backend
     portal.call(backend.aclose)
 
@@ -60,7 +60,7 @@ def plain(portal: BlockingPortal) -> Iterator[VllmBackend]:
     """vLLM with its own worker and scheduler."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vllm_launch, "extend", lambda config: setattr(config, "additional_config", {}))
-        backend = portal.call(create, Settings(kv_cache_gib=0.05, steering=False))
+        backend = portal.call(create, Settings(dtype="float32", kv_cache_gib=0.05, steering=False))
     assert "thinkserve" not in backend._llm.vllm_config.parallel_config.worker_cls
     yield backend
     portal.call(backend.aclose)

@@ -136,6 +136,14 @@ def test_a_verifier_that_fails_leaves_a_step_undecided() -> None:
     assert "stop" == answer.finish
 
 
+def test_a_verifier_that_fails_ends_the_request_where_that_is_asked_for() -> None:
+    """With its own error."""
+    world = World({"": ("1", "2")}, roles=ROLES, fail={index: (0, EngineFailed("away")) for index in range(2, 40)})
+
+    with pytest.raises(EngineFailed, match="away"):
+        search("rap", world, samples=2, iterations=1, on_verifier_error="fail")
+
+
 def test_later_iterations_try_what_the_first_passed_over() -> None:
     """Exploration: a path whose first step looked worse is rolled out as well, and votes."""
     steps = {"": ("1\n\n", "1\n\n", "2\n\n"), "1\n\n": ("so 1",), "2\n\n": ("so 2",)}
