@@ -26,7 +26,7 @@ from bench import check, serve, startup, strategies, tables, tasks
 from bench.harness import PARTS, ROOT, Journal, Options, Work, machine, run_folder
 from bench.meter import Meter
 from bench.report import REFERENCE
-from bench.servers import Launch, Server, running, thinkserve
+from bench.servers import Launch, Server, family, running, thinkserve
 from bench.tasks import Problem
 from bench.vllm_server import vllm_server
 from thinkserve.server.vllm_launch import is_cpu_build
@@ -65,6 +65,8 @@ class Bench:
         self.options, self.parts, self.folder = options, parts, folder
         self.journal = Journal(folder / "journal.jsonl")
         self.launches = (thinkserve(options.model), vllm_server(options.model, cpu=cpu))
+        # Without a model the embedded family is served, be the one under test what it may.
+        self.starts = (*self.launches, family()) if options.model == DEFAULTS.model else self.launches
         self.rows = [row for row in strategies.ROWS if not rows or row.name in {*rows, REFERENCE}]
         self.drift = () if rows else (strategies.DRIFT_ROW,)
         self.problems = tasks.load(options.level, options.problems, options.seed)
@@ -78,7 +80,7 @@ class Bench:
                     await self._phase(phase, meter)
             if "startup" in self.parts:
                 meter.note("starting the servers again and again")
-                await startup.measure(self.launches, self.folder, self._work(partial(meter.advance, "startup")))
+                await startup.measure(self.starts, self.folder, self._work(partial(meter.advance, "startup")))
 
     async def _phase(self, phase: Phase, meter: Meter) -> None:
         async with AsyncExitStack() as stack:
@@ -140,7 +142,7 @@ class Bench:
             if job.part in keys:
                 keys[job.part] += job.keys
         if "startup" in keys:
-            keys["startup"] = [key for key, _, _ in startup.schedule(self.options, self.launches)]
+            keys["startup"] = [key for key, _, _ in startup.schedule(self.options, self.starts)]
         return {part: (sum(key in self.journal for key in names), len(names)) for part, names in keys.items()}
 
 
@@ -215,8 +217,8 @@ def _results(folder: Path) -> Path:
 def _publish(run: Bench, path: Path) -> None:
     """Print the tables and, as the last line, the JSON document; keep both beside each other."""
     date = f"{datetime.now(UTC):%Y-%m-%d}"
-    text = tables.text(run.journal, run.options, run.launches, date)
-    document = json.dumps(tables.document(run.journal, run.options, run.launches, date))
+    text = tables.text(run.journal, run.options, run.starts, date)
+    document = json.dumps(tables.document(run.journal, run.options, run.starts, date))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(document + "\n")
     path.with_suffix(".md").write_text(text + "\n")

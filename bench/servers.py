@@ -55,6 +55,11 @@ def thinkserve(model: str) -> Launch:
     return Launch("thinkserve", (sys.executable, "-m", "thinkserve.server", "serve", model))
 
 
+def family() -> Launch:
+    """Our server as `make serve` starts it: the embedded family in all roles, three engines."""
+    return Launch("thinkserve, all roles", (sys.executable, "-m", "thinkserve.server", "serve"))
+
+
 def free_port() -> int:
     """A port of the loopback interface that nobody listens on now."""
     with socket.socket() as sock:

@@ -137,6 +137,9 @@ class Settings(BaseSettings):
     reasoning_open: str = Field("<think>", description="Tag that opens thinking.")
     reasoning_close: str = Field("</think>", description="Tag that closes thinking.")
     steering: bool = Field(True, description="Let requests steer activations by the vectors of this server.")
+    steering_exact: bool = Field(
+        False, description="Under torch.compile: unsteered requests keep the bits of an engine without steering."
+    )
     guidance: bool = Field(True, description="Let requests be guided to a budget, if the model has a predictor.")
     budget_predictor: Path | None = Field(
         None, description="Folder of the budget predictor; default: budget/ in the model's folder, if it is there."

@@ -48,7 +48,8 @@ def engine_args(settings: Settings, place: Local, cpu: bool) -> dict[str, Any]:
 
 def _writing(settings: Settings, place: Local) -> dict[str, Any]:
     steers = settings.steering and place.target
-    steering = {"steering": {"slots": STEERING_SLOTS, "columns": COLUMNS}} if steers else {}
+    wish = {"slots": STEERING_SLOTS, "columns": COLUMNS, "exact": settings.steering_exact}
+    steering = {"steering": wish} if steers else {}
     predictor = find_predictor(settings, place.model) if place.target else None
     guidance = {"guidance": {"folder": str(predictor)}} if predictor else {}
     # Hashed into the key of vLLM's cache of compiled models.

@@ -13,9 +13,12 @@ if TYPE_CHECKING:
     from thinkserve.server.vllm_worker_steering import Steering
 
 
-def graft_blocks(blocks: Any, steering: Steering, config: Any) -> None:
-    """Let the blocks that `steering` has tables for read its buffers; `config` is vLLM's CompilationConfig."""
-    form = _form(config)
+def graft_blocks(blocks: Any, steering: Steering, config: Any, *, exact: bool = False) -> None:
+    """Let the blocks that `steering` has tables for read its buffers; `config` is vLLM's CompilationConfig.
+
+    `exact`: nothing may be fused with steering, so that rows without it keep the bits of a model that has none.
+    """
+    form = _form(config, exact=exact)
     for layer, table in steering.tables.items():
         block = blocks[layer]
         for name, buffer in (("table", table), ("index", steering.index), ("scale", steering.scale)):
@@ -39,12 +42,12 @@ def blocks_of(model: Any) -> Any:
     return inner.layers
 
 
-def _form(config: Any) -> Any:
+def _form(config: Any, *, exact: bool) -> Any:
     """How a block is steered: fused by Inductor, as one op in every pass, or only in passes that need it."""
     from vllm.config import CompilationMode, CUDAGraphMode
 
     if config.mode not in (None, CompilationMode.NONE):
-        return _inline
+        return _always if exact else _inline
     return _skipping if config.cudagraph_mode in (None, CUDAGraphMode.NONE) else _always
 
 

@@ -15,68 +15,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from thinkserve.kernels.steer import steer
-from thinkserve.server.vllm_worker import Ints, Step
+from thinkserve.server.vllm_worker import Step
 from thinkserve.server.vllm_worker_blocks import blocks_of, graft_blocks, is_here
+from thinkserve.server.vllm_worker_rows import Asked, Entries, Rows, Steady, rows_of
 
 ENTRIES = "steer"
 NEVER = 2**62
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Asked:
-    """What one request asks for, an array element per entry: which vector, how much, at which positions."""
-
-    slot: Ints
-    scale: NDArray[np.float32]
-    start: Ints
-    stop: Ints
-    column: Ints
-    close: Ints
-    state: int | None
-    layers: frozenset[int]
-
-
-@dataclass(frozen=True, slots=True)
-class _Entries:
-    """The entries of several requests one after another; `many` of each request."""
-
-    many: Ints
-    slot: Ints
-    scale: NDArray[np.float32]
-    start: Ints
-    stop: Ints
-    column: Ints
-    close: Ints
-    state: Ints
-    layers: frozenset[int]
-
-    @staticmethod
-    def of(asked: tuple[_Asked, ...]) -> _Entries:
-        """Those of these requests, in their order."""
-        many = np.array([len(each.slot) for each in asked])
-        names = ("slot", "scale", "start", "stop", "column", "close")
-        arrays: dict[str, Any] = {name: np.concatenate([getattr(each, name) for each in asked]) for name in names}
-        state = np.repeat([-1 if each.state is None else each.state for each in asked], many)
-        layers = frozenset[int]().union(*(each.layers for each in asked))
-        return _Entries(many=many, state=state, layers=layers, **arrays)
-
-
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """The steered rows of a step, an array element per (row, column)."""
-
-    row: Ints
-    column: Ints
-    slot: Ints
-    scale: NDArray[np.float32]
-    position: Ints
-    close: Ints
-    state: Ints
 
 
 class Steering:
@@ -94,11 +42,12 @@ class Steering:
         self._slots: dict[str, int] = {}
         self._layers_of: dict[str, frozenset[int]] = {}
         self._free = list(range(sizes.slots))
-        self._asked: dict[str, _Asked] = {}
+        self._asked: dict[str, Asked] = {}
         self._closed = _Closed(device)
         # The steered requests of the last step and their entries: in most steps they are the same ones again.
-        self._members: tuple[_Asked, ...] = ()
-        self._entries: _Entries | None = None
+        self._members: tuple[Asked, ...] = ()
+        self._entries: Entries | None = None
+        self._steady: Steady | None = None
         self._dirty = 0
         self.layers_now: frozenset[int] = frozenset()
 
@@ -137,7 +86,7 @@ class Steering:
             return
         ids, scales, starts, stops, closes, columns = zip(*entries, strict=True)
         first = min((start + 1 for start, close in zip(starts, closes, strict=True) if close >= 0), default=None)
-        self._asked[request_id] = _Asked(
+        self._asked[request_id] = Asked(
             slot=np.array([self._slots[vector] for vector in ids]),
             scale=np.array(scales, np.float32),
             start=np.array(starts),
@@ -160,8 +109,12 @@ class Steering:
         live = [(i, asked) for i, name in enumerate(step.request_ids) if (asked := self._asked.get(name)) is not None]
         members = tuple(asked for _, asked in live)
         if members != self._members:
-            self._members, self._entries = members, _Entries.of(members) if members else None
-        rows = None if self._entries is None else _rows(self._entries, [i for i, _ in live], step)
+            self._members, self._entries, self._steady = members, Entries.of(members) if members else None, None
+        requests = [i for i, _ in live]
+        if self._steady is not None and self._steady.goes_on(requests, step):
+            return
+        rows = None if self._entries is None else rows_of(self._entries, requests, step)
+        self._steady = Steady.begun(self._entries, requests, step, rows)
         top = 0 if rows is None or not len(rows.row) else int(rows.row.max()) + 1
         self._index[: self._dirty] = -1
         if rows is not None and top:
@@ -182,6 +135,7 @@ class Steering:
 
     def clear(self) -> None:
         """A dummy pass follows."""
+        self._steady = None
         self._index[: self._dirty] = -1
         self._upload(self._dirty)
         self._dirty = 0
@@ -200,7 +154,7 @@ class Steering:
         async_tensor_h2d(self._index[:rows], out=self.index[:rows])
         async_tensor_h2d(self._scale[:rows], out=self.scale[:rows])
 
-    def _end_with_thinking(self, rows: _Rows, ids: Tensor) -> None:
+    def _end_with_thinking(self, rows: Rows, ids: Tensor) -> None:
         """Take back the rows at or after their request's end of thinking; on the device, without waiting for it."""
         some = rows.close >= 0
         parts = (rows.row, rows.column, rows.position, rows.close, rows.state)
@@ -256,34 +210,14 @@ class _Closed:
         return {"thinking": len(self._closed) - len(self._free)}
 
 
-def _rows(entries: _Entries, requests: list[int], step: Step) -> _Rows:
-    """All steered rows of a step; `requests` are the indices in the step of those that the entries belong to."""
-    owner = np.repeat(requests, entries.many)
-    position, count = step.position[owner].astype(np.int64), step.count[owner].astype(np.int64)
-    low = np.clip(entries.start - position, 0, count)
-    many = np.maximum(np.clip(entries.stop - position, 0, count) - low, 0)
-    # One element per row: the entry it belongs to, and which of the entry's rows it is.
-    entry = np.repeat(np.arange(len(owner)), many)
-    nth = np.arange(len(entry)) - np.repeat(np.cumsum(many) - many, many) + low[entry]
-    return _Rows(
-        row=step.first_row[owner][entry] + nth,
-        column=entries.column[entry],
-        slot=entries.slot[entry],
-        scale=entries.scale[entry],
-        position=position[entry] + nth,
-        close=entries.close[entry],
-        state=entries.state[entry],
-    )
-
-
 def make(worker: Any, model: Any, options: Mapping[str, Any]) -> Steering:
-    """The part of a worker, with its layers grafted onto the model; `options`: slots, columns, layers ([]: all)."""
+    """The part of a worker, its layers grafted onto the model; `options`: slots, columns, exact, layers ([]: all)."""
     config, runner = worker.vllm_config, worker.model_runner
     blocks = blocks_of(model)
     layers = [layer for layer in options.get("layers") or range(len(blocks)) if is_here(blocks[layer])]
     sizes = Sizes(runner.max_num_tokens, options["columns"], options["slots"], config.model_config.get_hidden_size())
     steering = Steering(sizes, layers, torch.device(runner.device))
-    graft_blocks(blocks, steering, config.compilation_config)
+    graft_blocks(blocks, steering, config.compilation_config, exact=options.get("exact", False))
     one = torch.zeros(1, sizes.hidden, dtype=config.model_config.dtype, device=steering.index.device)
     for table in list(steering.tables.values())[:1]:
         # The kernel is compiled now, not while requests wait.

@@ -85,9 +85,7 @@ async def run(task: Task, engine: Engine, emit: Emit, options: ParticleOptions) 
 
     while any(node.open for node in particles) and not tree.over:
         moving = Counter(node for node in particles if node.open)
-        steps = await tree.propose(moving)
-        if kind != "self":
-            await tree.score(steps)
+        steps = await (tree.propose(moving) if kind == "self" else tree.expand(moving))
         particles = [node for node in particles if not node.open] + slots(steps)
         if tree.ended is None:
             # A dead end is no sample, unless there is nothing else.

@@ -13,7 +13,7 @@ is there.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from itertools import count
 
 from thinkserve.strategies.engine import Answer, Delta, Emit, Engine, Event, Finish, Path, StoppedBy, Task
@@ -106,16 +106,21 @@ class Tree:
         self.nodes += other.nodes[1:]
 
     async def expand(self, counts: Mapping[Node, int]) -> list[Node]:
-        """Propose, and have the proposals scored."""
-        children = await self.propose(counts)
-        await self.score(children)
-        return children
+        """Propose, and have the proposals scored: those of a node in one batch, while others may still be written."""
+        return await self._grow(counts, self.score)
 
     async def propose(self, counts: Mapping[Node, int]) -> list[Node]:
         """Children for each node, `counts` of them at most, all written at the same time; duplicates are merged.
 
         A proposal that fails is a warning. Raises EngineDead, and EngineFailed when all proposals of the root fail.
         """
+
+        async def nothing(children: Sequence[Node]) -> None:
+            pass
+
+        return await self._grow(counts, nothing)
+
+    async def _grow(self, counts: Mapping[Node, int], then: Callable[[Sequence[Node]], Awaitable[None]]) -> list[Node]:
         if over := self.over:
             self._refused = over
             return []
@@ -124,11 +129,23 @@ class Tree:
         for node, number in Counter(draft.parent for draft in drafts).items():
             self.spent.expansions += 1
             await self.emit(Event("node.expanded", None, {"node": node.id, "proposals": number}))
-        await self._write(drafts, left // max(1, len(drafts)))
-        failed = [draft.error for draft in drafts if draft.error is not None]
-        if failed and len(failed) == len(drafts) and all(draft.parent is self.root for draft in drafts):
-            raise failed[0]
-        return await self._children(drafts)
+        siblings: dict[Node, list[Draft]] = {}
+        for draft in drafts:
+            siblings.setdefault(draft.parent, []).append(draft)
+
+        async def grow(mine: Sequence[Draft]) -> list[Node]:
+            await self._write(mine, left // len(drafts))
+            failed = [draft.error for draft in mine if draft.error is not None]
+            if len(failed) == len(mine) and mine[0].parent is self.root:
+                raise failed[0]
+            children = await self._children(mine)
+            await then(children)
+            return children
+
+        grown = await together(grow, siblings.values())
+        # In an order that does not depend on who is faster.
+        self.nodes.sort(key=lambda node: node.id)
+        return [child for children in grown for child in children]
 
     async def score(self, nodes: Sequence[Node]) -> None:
         """Rewards of the nodes' own steps, in one batch; those of the parents without text, time or a reward model.
@@ -209,7 +226,7 @@ class Tree:
     def _draft(self, node: Node) -> Draft:
         seed = successor(node.seed, node.proposed)
         node.proposed += 1
-        return Draft(node, seed)
+        return Draft(node, seed, next(self._numbers))
 
     async def _write(self, drafts: Sequence[Draft], total: int, room: int | None = None) -> None:
         paths = {draft.parent: draft.parent.tokens for draft in drafts}
@@ -249,7 +266,7 @@ class Tree:
         if not size or (not steps and not draft.terminal and draft.finish == "stop"):
             return None
         return Node(
-            next(self._numbers),
+            draft.number,
             parent,
             draft.seed,
             draft.own,

@@ -24,13 +24,14 @@ GOES_ON: frozenset[Finish] = frozenset({"stop", "length"})
 
 @dataclass(slots=True)
 class Draft:
-    """A proposal below `parent` while it is written. `generated` is final once its streams have been left.
+    """A proposal below `parent` while it is written; its node will be `number`. `generated` is final in the end.
 
     `terminal`: it completes the solution; `dead`: it has come to its end inside its thinking, without an answer.
     """
 
     parent: Node
     seed: int | None
+    number: int
     tokens: list[int] = field(default_factory=list[int])
     logprobs: list[float] = field(default_factory=list[float])
     top: list[tuple[tuple[int, float], ...]] = field(default_factory=list[tuple[tuple[int, float], ...]])

@@ -60,10 +60,10 @@ def split_of(question: str) -> Split:
     return "eval" if int.from_bytes(digest, "big") % EVAL_SHARE == 0 else "train"
 
 
-def generate(kind: Kind, level: Level, rng: random.Random, split: Split = "train") -> Problem:
-    """A fresh problem of that kind and level from the split."""
+def generate(kind: Kind, level: Level, rng: random.Random, split: Split = "train", steps: int | None = None) -> Problem:
+    """A fresh problem of that kind and level from the split; of so many steps, if it is to be longer than its level."""
     while True:
-        low, high = STEPS[kind][level]
+        low, high = STEPS[kind][level] if steps is None else (steps, steps)
         problem = _MAKERS[kind](level, rng.randint(low, high), rng)
         if split_of(problem.question) == split:
             return problem

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 from array import array
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from importlib import import_module
 from random import Random
 from types import SimpleNamespace
@@ -28,6 +28,7 @@ from thinkserve.strategies.controls import Guide, Steer
 from thinkserve.strategies.engine import Job, Sampling
 
 TIMEOUT = 600
+COMPILED = {"TORCHDYNAMO_DISABLE": "0"}
 
 
 def vectors() -> dict[str, SteeringVector]:
@@ -38,8 +39,11 @@ def vectors() -> dict[str, SteeringVector]:
     return {"v": SteeringVector("v", 1, "content", 128, views, {1: 1.0, 4: 1.0}, {})}
 
 
-async def scenario(backend: VllmBackend) -> list[dict[str, Any]]:
-    """Jobs side by side: unsteered, steered, several on some layers, only while thinking, guided; two ask for stats."""
+async def scenario(backend: VllmBackend, *, plain: bool = False) -> list[dict[str, Any]]:
+    """Jobs side by side: unsteered, steered, several on some layers, only while thinking, guided; two ask for stats.
+
+    `plain`: only those without controls.
+    """
     bias = tuple((token, -100.0) for token in backend.info.eos)
     greedy, opened = Sampling(temperature=0.0, logit_bias=bias), backend.info.think_open
     jobs = [
@@ -50,6 +54,7 @@ async def scenario(backend: VllmBackend) -> list[dict[str, Any]]:
         Job((7, *opened), 10, greedy, logprobs=0, stats=True),
         Job((11, *opened), 10, greedy, logprobs=0, controls=(Guide(5),)),
     ]
+    jobs = [replace(job, stats=False) for job in jobs if not job.controls] if plain else jobs
     found: list[dict[str, Any]] = [{} for _ in jobs]
 
     async def run(index: int) -> None:
@@ -79,13 +84,13 @@ async def child(runner: str) -> None:
     if runner == "V2":
         # Its top-p kernel does not run in Triton's interpreter.
         setattr(VllmBackend, "warm_up", no_warm_up)  # noqa: B010 -- mypy forbids the plain form
-    backend = await create(
-        Settings(dtype="float32", kv_cache_gib=0.05, max_model_len=256, enforce_eager=runner != "compiled")
-    )
+    settings = Settings(dtype="float32", kv_cache_gib=0.05, max_model_len=256, enforce_eager=runner == "V2")
+    changes = {"steering": runner != "bare", "steering_exact": runner == "exact"}
+    backend = await create(settings.model_copy(update=changes))
     try:
         config = backend._llm.vllm_config
         how = {"V2": config.use_v2_model_runner, "compiled": bool(config.compilation_config.mode)}
-        print(json.dumps([how, await scenario(backend)]))
+        print(json.dumps([how, await scenario(backend, plain=runner in ("exact", "bare"))]))
     finally:
         await backend.aclose()
 
@@ -97,20 +102,35 @@ def expected(portal: BlockingPortal, backend: VllmBackend) -> list[dict[str, Any
     return found
 
 
+def ran(runner: str, environment: dict[str, str]) -> Any:
+    """How a child ran the scenario, and what came of it."""
+    env = os.environ | environment | {"PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-P", __file__, runner]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_compiled_without_fusing_unsteered_requests_keep_their_bits() -> None:
+    """Those of a compiled engine that has no steering at all: steering is one op there, and rows of nobody pass it."""
+    (how, exact), (as_well, bare) = (ran(runner, COMPILED) for runner in ("exact", "bare"))
+
+    assert {"V2": False, "compiled": True} == how == as_well
+    assert 2 == len(exact)
+    assert [(each["tokens"], each["logprobs"]) for each in bare] == [(x["tokens"], x["logprobs"]) for x in exact]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("runner", "environment"),
-    [("V2", {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}), ("compiled", {"TORCHDYNAMO_DISABLE": "0"})],
+    [("V2", {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}), ("compiled", COMPILED)],
 )
 def test_other_runners_do_as_the_eager_one(
     expected: list[dict[str, Any]], runner: str, environment: dict[str, str]
 ) -> None:
     """The same tokens and log-probabilities, to the precision of float32, statistics too."""
-    env = os.environ | environment | {"PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-P", __file__, runner]
-    ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIMEOUT, check=False)
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    how, found = json.loads(ran.stdout.splitlines()[-1])
+    how, found = ran(runner, environment)
 
     assert {"V2": runner == "V2", "compiled": runner == "compiled"} == how
     assert [each["tokens"] for each in expected] == [each["tokens"] for each in found]

@@ -223,16 +223,19 @@ def test_the_op_is_opaque_and_honest_about_what_it_writes(device: torch.device) 
 def test_the_provider_depends_on_the_device_and_on_what_could_be_built(
     device_type: str, cpp: bool, expected: str
 ) -> None:
-    """A table, as measured."""
+    """C++ where it compiles, Triton on a GPU, else PyTorch."""
     assert expected == providers.provider(device_type, cpp=cpp)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize(("dtype", "table"), [("bf16", "bf16"), ("fp32", "fp32"), ("bf16", "fp32"), ("fp16", "fp32")])
 @pytest.mark.parametrize("aligned", [True, False])
-def test_the_kernel_compiles_without_spilling(capability: int, dtype: str, aligned: bool) -> None:
-    """For an A100, an H100 and a B200, whether or not one is here; sizes that are multiples of 16 and others."""
-    pointers = {"hidden": f"*{dtype}", "vectors": f"*{dtype}", "index": "*i64", "scale": "*fp32"}
+def test_the_kernel_compiles_without_spilling(capability: int, dtype: str, table: str, aligned: bool) -> None:
+    """For an A100, an H100 and a B200, whether or not one is here; sizes that are multiples of 16 and others.
+
+    The worker's table is of float32, whatever the rows are.
+    """
+    pointers = {"hidden": f"*{dtype}", "vectors": f"*{table}", "index": "*i64", "scale": "*fp32"}
     signature = pointers | {"size": "i32", "stride": "i64", "slots": "i32"}
     multiples = {*pointers, "size", "stride"} if aligned else set()
     constants = {"K": 4, "BLOCK": steer.BLOCK}

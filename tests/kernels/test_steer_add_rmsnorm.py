@@ -228,7 +228,7 @@ def test_the_op_is_honest_about_what_it_writes(device: torch.device) -> None:
 def test_the_provider_depends_on_the_device_the_size_and_on_what_could_be_built(
     device_type: str, size: int, cpp: bool, expected: str
 ) -> None:
-    """A table, as measured."""
+    """C++ where it compiles, Triton on a GPU, else PyTorch."""
     assert expected == steer_add_rmsnorm.provider(device_type, size, cpp=cpp)
 
 

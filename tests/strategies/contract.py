@@ -28,7 +28,7 @@ from thinkserve.strategies.engine import (
 from thinkserve.strategies.registry import Options, Strategy
 from thinkserve.strategies.scripted import plain_stats
 from thinkserve.strategies.streams import Through
-from thinkserve.strategies.testing import Recorder, ScriptedEngine, example
+from thinkserve.strategies.testing import Recorder, ScriptedEngine, Scripts, example
 
 EVERY = pytest.mark.parametrize("name", registry.names())
 ANSWERS = [r"It is \boxed{4}.", r"\boxed{04}", "so 5", "no idea", ""]
@@ -58,13 +58,17 @@ def tasks(draw: st.DrawFn) -> Task:
 
 
 @st.composite
-def engines(draw: st.DrawFn) -> Callable[[], ScriptedEngine]:
-    """A recipe for equal engines: scripts, pace, burst, overrun."""
+def engines(draw: st.DrawFn, *, seeded: bool = False) -> Callable[[], ScriptedEngine]:
+    """A recipe for equal engines: scripts, pace, burst, overrun.
+
+    Scripts go to jobs as they come, or, `seeded`, by their seeds, whoever comes first.
+    """
     texts = draw(st.lists(scripts(), min_size=1, max_size=5))
     pace = draw(st.dictionaries(st.integers(0, 4), st.integers(1, 3), max_size=2))
     burst, overrun = draw(st.integers(1, 3)), draw(st.integers(0, 2))
+    written: Scripts = (lambda job, _: texts[(job.seed or 0) % len(texts)]) if seeded else texts
     return lambda: ScriptedEngine(
-        texts, roles=ROLES, pace=pace, burst=burst, overrun=overrun, stats=unsettled, rate=undecided
+        written, roles=ROLES, pace=pace, burst=burst, overrun=overrun, stats=unsettled, rate=undecided
     )
 
 

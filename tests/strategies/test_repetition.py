@@ -5,17 +5,21 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import anyio
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from thinkserve.strategies.engine import Task
 from thinkserve.strategies.registry import get
 from thinkserve.strategies.repetition import GuardOptions, Repetition, RepetitionGuard, detector
 from thinkserve.strategies.single import stream_chain
 from thinkserve.strategies.testing import SCRIPTED, Recorder, ScriptedEngine
+from thinkserve.train.tasks import problems
+from thinkserve.train.traces import write_trace
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "q<think>"
@@ -80,6 +84,17 @@ def test_blocks_have_bounds() -> None:
     assert first_hit(list(range(65)) * 6, block=4, most=64, repeats=4) is None
     assert (64, 16) == first_hit([7] * 100)
     assert first_hit([7] * 63 + [8], block=16) is None
+
+
+@pytest.mark.parametrize("context", [256, 1024, 4096, 32_768])
+def test_thoughts_of_the_embedded_family_have_no_loops(context: int) -> None:
+    """They go over results again, but not four times the same: also for the small blocks of a small context."""
+    tokenizer, rng = Tokenizer.from_file(str(ROOT / "models" / "arith-small" / "tokenizer.json")), Random(0)
+    for problem in problems("hard", 30, seed=1):
+        spans, _ = write_trace(problem, "verbose", rng)
+        tokens = tokenizer.encode("".join(text for text, _ in spans)).ids
+        found = detector(context, None, None, 4)
+        assert [] == [at for at, token in enumerate(tokens) if found.push(token)]
 
 
 @pytest.mark.parametrize(("context", "loop"), [(32768, 64), (8192, 64), (4096, 32), (512, 16)])

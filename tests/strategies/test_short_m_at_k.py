@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import combinations
+from math import comb
 
 import anyio
 import pytest
@@ -362,3 +364,17 @@ def test_m_defaults_to_three_or_to_k() -> None:
     """So that k=2 alone makes sense."""
     assert [3, 2, 1] == [ShortOptions(k=k).m for k in (8, 2, 1)]
     assert 8 == ShortOptions().chains()
+
+
+@given(lengths=st.lists(st.integers(0, 40), min_size=4, max_size=5), k=st.integers(2, 4))
+def test_the_mean_over_all_draws_of_k_is_the_unbiased_estimate(lengths: list[int], k: int) -> None:
+    """Of n chains, short-1@k answers as the i-th shortest in C(n - i, k - 1) of C(n, k) draws (section 1)."""
+
+    def winner(drawn: tuple[int, ...]) -> int:
+        answer, _ = race(ScriptedEngine([chain(lengths[at]) for at in drawn]), k=k, m=1)
+        return lengths[drawn[answer.winner]]
+
+    n, draws = len(lengths), list(combinations(range(len(lengths)), k))
+    estimate = sum(comb(n - i, k - 1) * length for i, length in enumerate(sorted(lengths), 1)) / comb(n, k)
+
+    assert pytest.approx(estimate) == sum(map(winner, draws)) / len(draws)

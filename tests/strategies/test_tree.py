@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import inf, nan
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.strategies.worlds import REWARDED, SEARCHES, SMALL, World, binary, preferring, search, text_of, told
-from thinkserve.strategies.engine import Sampling
+from thinkserve.strategies.engine import Path, Role, Sampling, Score
 from thinkserve.strategies.errors import EngineFailed
 from thinkserve.strategies.registry import get
 from thinkserve.strategies.testing import Recorder, example
@@ -362,3 +363,30 @@ def test_a_step_behind_which_nothing_could_be_written_is_not_given_up(
 
     assert "a\n\nend" == text_of(world, answer)
     assert ("a proposal failed: lost",) == answer.warnings
+
+
+class Noting(World):
+    """Notes how many streams are live when something is scored."""
+
+    async def score(self, question: str, paths: Sequence[Path], role: Role = "reward") -> list[Score]:
+        """As the base does."""
+        self.live_then.append((len(paths), len(self.live)))
+        return await super().score(question, paths, role)
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        self.live_then: list[tuple[int, int]] = []
+        super().__init__(*args, **more)
+
+
+async def test_a_slow_child_holds_back_the_scores_of_its_siblings_only() -> None:
+    """The proposals of a node are one batch, scored while those of another node are still being written."""
+    world = Noting({"": ("a\n\n", "b\n\n"), "a\n\n": ("c\n\n",), "b\n\n": ("long " * 9 + "\n\n",)})
+    tree, _ = tree_of(world)
+    first, second = await tree.expand({await tree.start(): 2})
+
+    children = await tree.expand({first: 2, second: 2})
+
+    assert [(2, 0), (1, 2), (1, 0)] == world.live_then
+    assert sorted(node.id for node in tree.nodes) == [node.id for node in tree.nodes]
+    assert [first, second] == [child.parent for child in children]
+    assert all(child.rewards for child in children)

@@ -45,6 +45,7 @@ class World(ScriptedEngine):
         **more: Any,
     ) -> None:
         self.visits: Counter[str] = Counter()
+        self.asked = 0
         self.tired, self.ailment = tired, ailment or TimeoutError("deadline")
         self.start = prompt
         self._table = steps if callable(steps) else lambda text: steps.get(text, ("",))
@@ -70,7 +71,9 @@ class World(ScriptedEngine):
 
     async def score(self, question: str, paths: Sequence[Path], role: Role = "reward") -> list[Score]:
         """The rewards, as long as nothing is in the way."""
-        if self.tired is not None and len(self.scored) >= self.tired:
+        # Counted as they begin: several may be at work.
+        self.asked += 1
+        if self.tired is not None and self.asked > self.tired:
             raise self.ailment
         return await super().score(question, paths, role)
 

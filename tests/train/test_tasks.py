@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thinkserve.train.tasks import KINDS, LIMITS, STEPS, Level, Problem, evaluate, generate, problems, split_of
+from thinkserve.train.tasks import KINDS, LIMITS, STEPS, Kind, Level, Problem, evaluate, generate, problems, split_of
 
 LEVELS: tuple[Level, ...] = ("easy", "medium", "hard")
 seeds = st.integers(0, 2**32)
@@ -118,3 +118,11 @@ def test_evaluate_agrees_with_python(level: Level, seed: int) -> None:
     """Our evaluator and Python's arithmetic give the same value for generated expressions."""
     problem: Problem = generate("expression", level, random.Random(seed))
     assert str(evaluate(problem.start[0])) == read_expression(problem.question)
+
+
+@given(st.sampled_from(KINDS), st.integers(1, 40), seeds)
+def test_a_problem_is_as_long_as_is_asked_for(kind: Kind, steps: int, seed: int) -> None:
+    """Longer than any level's, if need be, and still exact."""
+    problem = generate(kind, "hard", random.Random(seed), "eval", steps=steps)
+    assert steps == len(problem.steps)
+    assert READERS[kind](problem.question) == problem.answer
