@@ -82,7 +82,12 @@ async def once(way: Way, rows: int, most: int, seed: int) -> Round:
 
 
 async def measure(ways: Mapping[str, Way], rows: int, most: int, rounds: int) -> Cost:
-    """All ways in turns; the first round of each warms up and does not count. SystemExit if a neutral way is not."""
+    """All ways in turns. SystemExit if a neutral way is not."""
+    return cost(await collect(ways, rows, most, rounds), rows)
+
+
+async def collect(ways: Mapping[str, Way], rows: int, most: int, rounds: int) -> dict[str, list[Round]]:
+    """The rounds of all ways, in turns; the first of each warms up and does not count. SystemExit as above."""
     names = list(ways)
     found: dict[str, list[Round]] = {name: [] for name in names}
     for seed in range(rounds + 1):
@@ -92,10 +97,11 @@ async def measure(ways: Mapping[str, Way], rows: int, most: int, rounds: int) ->
         for name, way in ways.items():
             if way.neutral and found[name][-1].tokens != found[names[0]][-1].tokens:
                 raise SystemExit(f"{rows} rows: {name} changed what was drawn")
-    return _cost({name: of[1:] for name, of in found.items()}, rows)
+    return {name: of[1:] for name, of in found.items()}
 
 
-def _cost(found: Mapping[str, Sequence[Round]], rows: int) -> Cost:
+def cost(found: Mapping[str, Sequence[Round]], rows: int) -> Cost:
+    """What every way costs against the first."""
     base, *others = found
 
     def each(name: str, what: str) -> list[float]:

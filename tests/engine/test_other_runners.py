@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from array import array
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, replace
 from importlib import import_module
 from random import Random
@@ -114,7 +115,8 @@ def ran(runner: str, environment: dict[str, str]) -> Any:
 @pytest.mark.slow
 def test_compiled_without_fusing_unsteered_requests_keep_their_bits() -> None:
     """Those of a compiled engine that has no steering at all: steering is one op there, and rows of nobody pass it."""
-    (how, exact), (as_well, bare) = (ran(runner, COMPILED) for runner in ("exact", "bare"))
+    with ThreadPoolExecutor(2) as pool:
+        (how, exact), (as_well, bare) = pool.map(lambda runner: ran(runner, COMPILED), ("exact", "bare"))
 
     assert {"V2": False, "compiled": True} == how == as_well
     assert 2 == len(exact)
