@@ -21,7 +21,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from thinkserve.server.thinking import vllm_budget
 from thinkserve.server.vllm_scheduler import said_of
-from thinkserve.server.vllm_worker import KEY, STATS
+from thinkserve.server.vllm_worker import GUIDED, KEY, STATS
 from thinkserve.strategies.engine import Delta, Finish, Job, ModelInfo, Tokens, TokenStats
 from thinkserve.strategies.errors import (
     BadOptions,
@@ -201,22 +201,22 @@ class VllmStream(Submitted):
         self._stats = output.metrics
         self.cached = output.num_cached_tokens or 0
         if completion.logprobs is not None:
-            self._take_logprobs(completion.logprobs)
+            self._take_logprobs(completion.logprobs, said_of(output).get(GUIDED))
         if self._job.stats and (row := said_of(output).get(STATS)):
             self._said.append(TokenStats(*row))
         self._finish = completion.finish_reason
         self._ended = self._finish is not None
 
-    def _take_logprobs(self, flat: Any) -> None:
+    def _take_logprobs(self, flat: Any, guided: float | None) -> None:
+        logprobs, temperature = flat.logprobs, self._job.sampling.temperature
+        if guided is not None:
+            # Guided logits are what is drawn from, times the temperature; `guided` is the logarithm of their sum.
+            logprobs = [(value + guided) / temperature for value in logprobs]
         # Of each position the first entry is the sampled token, then come the alternatives, best first.
         for start, end in zip(flat.start_indices, flat.end_indices, strict=True):
-            self._logprobs.append(flat.logprobs[start])
+            self._logprobs.append(logprobs[start])
             if self._job.logprobs:
-                ids, values = (
-                    flat.token_ids[start + 1 : end],
-                    flat.logprobs[start + 1 : end],
-                )
-                self._top.append(tuple(zip(ids, values, strict=True)))
+                self._top.append(tuple(zip(flat.token_ids[start + 1 : end], logprobs[start + 1 : end], strict=True)))
 
     def __aiter__(self) -> Self:
         return self

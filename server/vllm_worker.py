@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 KEY = "thinkserve"
 STATS = "stats"
+GUIDED = "guided"
 
 Ints = NDArray[np.integer[Any]]
 

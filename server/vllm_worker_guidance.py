@@ -8,6 +8,9 @@ that, and so do top-p, top-k and penalties, which the paper's code skips. Rows t
 A token that guidance leaves (next to) nothing is written as the model has it, BELOW what is guided and at most SPREAD
 further down. Such tokens are exp(-BELOW / temperature) of all draws, 1e-11 where it is 2; where masks leave no others,
 the model's own order counts; and as a whole row lies closer together than 100, a bias of 100 forces, of -100 bans any.
+
+vLLM's log-probabilities are of these logits as they are: where a temperature makes a difference, the logarithm of their
+sum is reported, with which the front end makes of them those that were drawn from.
 """
 
 from __future__ import annotations
@@ -23,8 +26,9 @@ from torch import Tensor
 from thinkserve.guidance.checkpoint import About, load
 from thinkserve.guidance.predictor import Predictor
 from thinkserve.kernels.guide import guide
-from thinkserve.server.vllm_worker import Step
+from thinkserve.server.vllm_worker import GUIDED, Step
 from thinkserve.server.vllm_worker_states import States, graft_norms
+from thinkserve.server.vllm_worker_stats import to_host
 
 GUIDE = "guide"
 # Distances of logits, before the sampler divides them by the temperature. Their sum is less than a bias may be.
@@ -35,13 +39,15 @@ BELOW, SPREAD = 50.0, 35.0
 class _Guided:
     """One request: thinking is open from position `start` on (None: not yet), for `budget` tokens.
 
-    Where earlier jobs have `begun` it, what stands before `start` is thinking too, and a line may go on there.
+    Where earlier jobs have `begun` it, what stands before `start` is thinking too, and a line may go on there. `told`:
+    its log-probabilities have to be put right.
     """
 
     budget: int
     temperature: float
     start: int | None
     begun: bool
+    told: bool = False
     closed: bool = False
 
     def see(self, position: int, token: int, open_: int, close: int) -> None:
@@ -68,6 +74,9 @@ class Guidance:
         self._rows: list[int] = []
         self._remaining: list[float] = []
         self._temperature: list[float] = []
+        # Which of the guided rows are told, by request id; and their sums.
+        self._told: dict[str, int] = {}
+        self._sums: Callable[[], list[list[float]]] | None = None
 
     @property
     def busy(self) -> bool:
@@ -84,7 +93,9 @@ class Guidance:
         start = int(wanted["start"])
         # A greedy sampler divides by nothing.
         begins = start if opens < 0 else None
-        state = _Guided(int(wanted["budget"]), params.temperature or 1.0, begins, bool(wanted["begun"]))
+        temperature = params.temperature or 1.0
+        told = params.logprobs is not None and temperature != 1.0
+        state = _Guided(int(wanted["budget"]), temperature, begins, bool(wanted["begun"]), told)
         for position, token in enumerate(tokens[start:], start):
             state.see(position, token, opens, self._close)
         self._asked[request_id] = state, opens
@@ -101,10 +112,13 @@ class Guidance:
         # On a GPU this waits for the last step's tokens, in steps with a guided request only.
         tokens = step.ids[rows].tolist() if rows else []
         self._rows, self._remaining, self._temperature, wanted = [], [], [], []
+        self._told, self._sums = {}, None
         for (row, state, opens), last, token in zip(live, rows, tokens, strict=True):
             position = int(step.position[row] + step.count[row] - 1)
             state.see(position, token, opens, self._close)
             if self._at_line_start(state, position, token):
+                if state.told:
+                    self._told[step.request_ids[row]] = len(self._rows)
                 self._rows.append(row)
                 self._remaining.append(float(max(1, state.budget - (position + 1 - (state.start or 0)))))
                 self._temperature.append(state.temperature)
@@ -128,18 +142,23 @@ class Guidance:
         raw = logits[rows, :vocabulary]
         remaining = torch.tensor(self._remaining, device=device)
         guided = guide(raw, alpha, rate, remaining, lam_min=self._lam_min)
-        logits[rows, :vocabulary] = written(guided, raw, torch.tensor(self._temperature, device=device))
+        logits[rows, :vocabulary] = final = written(guided, raw, torch.tensor(self._temperature, device=device))
+        if self._told:
+            self._sums = to_host(final.logsumexp(1, keepdim=True))
         logits[rows, vocabulary:] = float("-inf")
         self._rows = []
         return logits
 
     def report(self) -> Callable[[], Mapping[str, Mapping[str, Any]]] | None:
-        """Nothing: what was drawn says it all."""
-        return None
+        """By how much the log-probabilities of a step's tokens are off, where they are."""
+        told, sums, self._sums = self._told, self._sums, None
+        if sums is None:
+            return None
+        return lambda: {name: {GUIDED: found[row][0]} for found in (sums(),) for name, row in told.items()}
 
     def clear(self) -> None:
         """A dummy pass: no row is anybody's."""
-        self._rows = []
+        self._rows, self._sums = [], None
         self._states.want([])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -102,14 +103,18 @@ def guided(prompt: Tokens, budget: int | None, seed: int = 0, **more: Any) -> Jo
     return Job(prompt, 400, Sampling(temperature=1.0), seed=seed, controls=controls, **more)
 
 
-@pytest.mark.parametrize("budget", [25, 60, 140])
+@pytest.mark.parametrize(("budget", "temperature"), [(25, 1.0), (60, 0.5), (60, 1.0), (60, 1.5), (140, 1.0)])
 def test_every_token_is_drawn_from_the_distribution_that_hugging_face_computes(
-    portal: BlockingPortal, backend: VllmBackend, reference: Reference, budget: int
+    portal: BlockingPortal, backend: VllmBackend, reference: Reference, budget: int, temperature: float
 ) -> None:
-    """Guided at the first token and after each line break while thinking, the model's own everywhere else."""
+    """Guided at the first token and after each line break while thinking, the model's own everywhere else.
+
+    Its log-probabilities are those of that distribution, which a temperature does not change.
+    """
 
     async def scenario(prompt: Tokens) -> tuple[Tokens, list[Any]]:
-        async with backend.engine("parity").generate(guided(prompt, budget, logprobs=ALTERNATIVES)) as stream:
+        job = replace(guided(prompt, budget, logprobs=ALTERNATIVES), sampling=Sampling(temperature=temperature))
+        async with backend.engine("parity").generate(job) as stream:
             deltas = [delta async for delta in stream]
         return tuple(t for d in deltas for t in d.tokens), [top for d in deltas for top in d.top]
 

@@ -39,7 +39,9 @@ class Bench:
     def admit(self, request_id: str, budget: int, prompt: int, *, opens: int = -1, temperature: float = 1.0) -> None:
         """A request whose prompt has `prompt` tokens."""
         wanted = {"budget": budget, "start": prompt, "open": opens, "begun": False}
-        self.part.admit(request_id, {"guide": wanted}, SimpleNamespace(temperature=temperature), [0] * prompt)
+        self.part.admit(
+            request_id, {"guide": wanted}, SimpleNamespace(temperature=temperature, logprobs=None), [0] * prompt
+        )
 
     def step(self, last: dict[str, tuple[int, int]]) -> list[tuple[str, float]]:
         """A step in which each request's last row holds (position, token); who is guided, with how much remaining."""
@@ -115,10 +117,12 @@ def test_a_preempted_request_goes_on_where_it_was(bench: Bench) -> None:
     """Readmitted with its tokens: the budget goes on, and thinking that has ended stays so."""
     written = [PLAIN, PLAIN, NEWLINE, PLAIN, NEWLINE]
     wanted = {"guide": {"budget": 100, "start": 2, "open": -1, "begun": False}}
-    bench.part.admit("a", wanted, SimpleNamespace(temperature=1.0), written)
+    bench.part.admit("a", wanted, SimpleNamespace(temperature=1.0, logprobs=None), written)
 
     assert [("a", 97.0)] == bench.step({"a": (4, NEWLINE)})
-    bench.part.admit("a", wanted, SimpleNamespace(temperature=1.0), [PLAIN, PLAIN, NEWLINE, CLOSE, NEWLINE])
+    bench.part.admit(
+        "a", wanted, SimpleNamespace(temperature=1.0, logprobs=None), [PLAIN, PLAIN, NEWLINE, CLOSE, NEWLINE]
+    )
     assert [] == bench.step({"a": (4, NEWLINE)})
 
 
@@ -229,7 +233,9 @@ def chained(bench: Bench, prompt: tuple[int, ...], *segments: tuple[int, ...]) -
     sequence, budget = prompt, Guide(100)
     for segment in segments:
         job = Job(sequence, 10, controls=(budget.later(len(sequence) - len(prompt)),))
-        bench.part.admit("a", guidance(job, INFO, served=True), SimpleNamespace(temperature=1.0), list(sequence))
+        bench.part.admit(
+            "a", guidance(job, INFO, served=True), SimpleNamespace(temperature=1.0, logprobs=None), list(sequence)
+        )
         steps = enumerate([sequence[-1], *segment[:-1]], len(sequence) - 1)
         found.append([left for step in steps for _, left in bench.step({"a": step})])
         sequence += segment
