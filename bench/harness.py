@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -180,6 +181,11 @@ async def at_once(count: int, items: Iterable[Item], work: Callable[[Item], Awai
     async with anyio.create_task_group() as group:
         for _ in range(count):
             group.start_soon(worker)
+
+
+def slug(text: str) -> str:
+    """The text as a part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def keep(folder: Path, name: str, text: str, data: object, plot: str | None = None) -> None:

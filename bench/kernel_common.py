@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.harness import ROOT, keep, machine, table, versions
+from bench.harness import ROOT, keep, machine, slug, table, versions
 
 Way = Callable[[], object]
 
@@ -100,10 +99,10 @@ def bench(name: str, cases: Iterable[Case], budget: Budget) -> None:
     about = {"date": date, "kernel": name, "device": _device_name(), "machine": machine(), "threads": threads}
     head = f"{name}: {date}; {about['device']}; {about['machine']}; {threads} threads; torch {torch.__version__}"
     data = about | {"versions": versions(), "results": [asdict(result) for result in results]}
-    print(head, _table(results), json.dumps(data), sep="\n")
+    shown = _table(results)
+    print(head, shown, json.dumps(data), sep="\n")
     if budget is not QUICK:
-        place = re.sub(r"[^a-z0-9]+", "-", _device_name().lower())
-        keep(ROOT / "bench" / "results", f"{date}-kernel-{name}-{place}", f"{head}\n\n{_table(results)}\n", data)
+        keep(ROOT / "bench" / "results", f"{date}-kernel-{name}-{slug(_device_name())}", f"{head}\n\n{shown}\n", data)
 
 
 def _measure(case: Case, budget: Budget) -> Result:

@@ -7,7 +7,6 @@ phase whose measurements are all in the journal is skipped. The start-ups come l
 from __future__ import annotations
 
 import json
-import re
 import signal
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -23,7 +22,7 @@ import typer
 from anyio.abc import TaskStatus
 
 from bench import check, serve, startup, strategies, tables, tasks
-from bench.harness import PARTS, ROOT, Journal, Options, Work, machine, run_folder
+from bench.harness import PARTS, ROOT, Journal, Options, Work, machine, run_folder, slug
 from bench.meter import Meter
 from bench.report import REFERENCE
 from bench.servers import Launch, Server, family, running, thinkserve
@@ -210,8 +209,7 @@ def _known(option: str, given: Sequence[str] | None, names: Sequence[str]) -> No
 
 def _results(folder: Path) -> Path:
     """`<date>-<machine>.json`."""
-    slug = re.sub(r"[^a-z0-9]+", "-", ",".join(machine().split(",")[:2]).lower()).strip("-")
-    return folder / f"{datetime.now(UTC):%Y-%m-%d}-{slug}.json"
+    return folder / f"{datetime.now(UTC):%Y-%m-%d}-{slug(','.join(machine().split(',')[:2]))}.json"
 
 
 def _publish(run: Bench, path: Path) -> None:

@@ -171,7 +171,8 @@ def main(
         return await bench(options)
 
     costs = asyncio.run(run())
-    date, shown = datetime.now(UTC).date().isoformat(), "\n\n".join([report(costs), expectations(costs, most)])
+    tables = [report(costs), *([expectations(costs, most)] if most else [])]
+    date, shown = datetime.now(UTC).date().isoformat(), "\n\n".join(tables)
     found: dict[str, Any] = {"date": date, "machine": machine(), "versions": versions(), "options": vars(options)}
     data = found | {"costs": list(map(asdict, costs))}
     print(found["machine"], shown, json.dumps(data), sep="\n")

@@ -69,7 +69,7 @@ async def engines(options: argparse.Namespace, *, ours_first: bool) -> AsyncIter
 async def bench(options: argparse.Namespace) -> list[Cost]:
     """Start both engines, again and again, and measure every number of rows."""
     found: dict[int, dict[str, list[Round]]] = {rows: {} for rows in options.rows}
-    for start in range(options.starts):
+    for start in range(1 if options.quick else options.starts):
         async with engines(options, ours_first=start % 2 == 0) as (ours, bare):
             close = ours.info.think_close[0] if options.thinking else -1
             small = vector(ours._llm.model_config.get_hidden_size(), options.layers, close)

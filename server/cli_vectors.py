@@ -143,9 +143,7 @@ def show(name: NAME, model: MODEL = None, vectors_dir: FOLDER = None) -> None:
     with _told():
         _, registry = _open(model, vectors_dir)
         vector = _find(name, registry)
-    norms = {str(layer): norm for layer, norm in vector.norms.items()}
-    told = {**vector.about, "name": name, "id": vector.id, "hidden": vector.hidden, "norms": norms}
-    typer.echo(json.dumps(told, indent=1))
+    typer.echo(json.dumps({**vector.described, "name": name, "hidden": vector.hidden}, indent=1))
 
 
 @app.command()

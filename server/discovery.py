@@ -14,7 +14,7 @@ from thinkserve.server.budget import ladder
 from thinkserve.server.choice import preset_choice
 from thinkserve.server.errors import ApiError, clean
 from thinkserve.server.modifier_types import ModifierCard
-from thinkserve.server.needs import VITAL, abilities, check_available, lacking, missing_roles
+from thinkserve.server.needs import abilities, check_available, lacking, lost, missing_roles
 from thinkserve.server.plan import Backend
 from thinkserve.server.settings import Preset, Settings
 from thinkserve.server.translate import (
@@ -137,8 +137,8 @@ def unavailable(entry: Strategy, backend: Backend) -> str | None:
     """Why a strategy cannot run here; None when it can."""
     if missing := missing_roles(entry, backend):
         return f"no model is configured for: {', '.join(missing)}"
-    if VITAL in entry.roles and not backend.roles[VITAL].alive:
-        return f"not available at the moment: {VITAL}"
+    if gone := lost(entry.roles, backend):
+        return f"not available at the moment: {gone}"
     return lacking(entry, abilities(backend))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 from thinkserve.server.choice import Choice
 from thinkserve.server.errors import ApiError
@@ -20,6 +20,11 @@ LACKING: dict[Need, str] = {
 
 # Without the others strategies go on as best they can, unless they are told to fail; without scores there is no search.
 VITAL: Role = "reward"
+
+
+def lost(roles: Container[Role], backend: Backend) -> Role | None:
+    """The model without which none of these roles' strategies can go on, if it has gone."""
+    return VITAL if VITAL in roles and not backend.roles[VITAL].alive else None
 
 
 def abilities(backend: Backend) -> Mapping[Need, bool]:

@@ -108,7 +108,7 @@ class RemoteStream:
 
     def unread(self) -> Delta:
         """What has arrived and was not read, its end as well."""
-        return self._delta(None if self._finish is None else _FINISH.get(self._finish))
+        return self._delta(_FINISH.get(self._finish or ""))
 
     async def _last(self, finish: str) -> Delta:
         """The last delta, once the server has said what the job cost; a stream cut off after its finish is whole."""

@@ -22,7 +22,7 @@ from thinkserve.server.asgi import refuse
 from thinkserve.server.errors import ApiError, RoleDown
 from thinkserve.server.exchange import Exchange
 from thinkserve.server.metrics import LeftIn
-from thinkserve.server.needs import VITAL
+from thinkserve.server.needs import lost
 from thinkserve.server.plan import Outcome, Plan, Usage
 from thinkserve.server.protocol import ChatRequest
 from thinkserve.server.runner import usable
@@ -51,11 +51,21 @@ class ChatResponse(Response):
     async def enter(self, scope: Scope) -> AbstractContextManager[None]:
         """What this request may cost. Raises EngineFailed; entering it raises ApiError 503."""
         await self.state.backend.check()
-        if VITAL in self.plan.roles and not self.state.backend.roles[VITAL].alive:
-            raise RoleDown(VITAL)
+        if gone := lost(self.plan.roles, self.state.backend):
+            raise RoleDown(gone)
         self.execution = self.state.runner.open(self.plan, client(scope))
         self.text = TextOut(self.execution.texts, self.plan)
         return self.state.admission.charge(self.plan)
+
+    async def _push(self, piece: Piece) -> None:
+        for number, part in enumerate(self.text.slices(piece)):
+            # Others have their turn between slices.
+            if number:
+                await checkpoint()
+            await self._show(self.text.push(part))
+
+    async def _show(self, texts: list[tuple[Phase, str]]) -> None:
+        """Tell the client what is now certain; where all is told in the end, nothing."""
 
     def left(self, exchange: Exchange) -> bool:
         """Whether the client has gone; counted here."""
@@ -116,11 +126,7 @@ class ChatJson(ChatResponse):
 
     async def _emit(self, item: Piece | Event) -> None:
         if isinstance(item, Piece):
-            for number, part in enumerate(self.text.slices(item)):
-                # Others have their turn between slices.
-                if number:
-                    await checkpoint()
-                self.text.push(part)
+            await self._push(item)
 
 
 async def encoded(completion: Completion) -> bytes:
@@ -204,10 +210,7 @@ class ChatStream(ChatResponse):
 
     async def _emit(self, item: Piece | Event) -> None:
         if isinstance(item, Piece):
-            for number, part in enumerate(self.text.slices(item)):
-                if number:
-                    await checkpoint()
-                await self._show(self.text.push(part))
+            await self._push(item)
             return
         if item.type == "leader":
             await self._show(self.text.anew())

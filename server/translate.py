@@ -76,18 +76,19 @@ async def to_plan(chat: ChatRequest, headers: Headers, serving: Serving, request
     budget = to_budget(thoughts, rendered)
     check_budget(choice, budget)
     max_tokens = to_max_tokens(chat, choice, settings, info.context - len(rendered.tokens), warnings)
+    ceiling = total(chat, settings)
     task = Task(
         prompt=rendered.tokens,
         max_tokens=max_tokens,
         sampling=sampling,
         thinking_budget=budget,
-        max_total_tokens=total(chat, settings),
+        max_total_tokens=ceiling,
         phase=rendered.phase,
         seed=to_seed(chat),
         logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
         question=question(chat),
+        interval=to_interval(chat, choice, max_tokens, ceiling),
     )
-    task = replace(task, interval=to_interval(chat, choice, task))
     return Plan(
         request_id=request_id,
         model=chat.model,
@@ -223,13 +224,12 @@ def total(chat: ChatRequest, settings: Settings) -> int:
     return min(asked or settings.max_request_tokens, settings.max_request_tokens)
 
 
-def to_interval(chat: ChatRequest, choice: Choice, task: Task) -> int:
+def to_interval(chat: ChatRequest, choice: Choice, max_tokens: int, ceiling: int) -> int:
     """Tokens per delta of chains that the strategy does not look at: several if nothing else does, and none is bound.
 
     Everybody else's tokens wait while one is handed on through the layers of a request.
     """
-    watched = chat.stream or chat.stops or task.logprobs is not None
-    bound = task.max_total_tokens is not None and choice.options.chains() * task.max_tokens > task.max_total_tokens
+    watched, bound = chat.stream or chat.stops or chat.logprobs, choice.options.chains() * max_tokens > ceiling
     return 1 if watched or bound else UNWATCHED
 
 

@@ -54,6 +54,11 @@ class SteeringVector:
     about: Mapping[str, Any]
 
     @property
+    def described(self) -> dict[str, Any]:
+        """For people, as JSON: what its maker says, and what was measured whatever that says."""
+        return {**self.about, "id": self.id, "norms": {str(layer): norm for layer, norm in self.norms.items()}}
+
+    @property
     def recipe(self) -> str:
         """How it was made."""
         return str(self.about.get("recipe", "unknown"))
@@ -133,9 +138,8 @@ class VectorRegistry:
         raw = serialize(VectorFile(vector.layers, vector.about))
         self._folder.mkdir(parents=True, exist_ok=True)
         tensors, metadata = both_files(self._folder, vector.name)
-        described = {**vector.about, "id": vector.id, "norms": {str(n): each for n, each in vector.norms.items()}}
         # The copy for people goes first: the tensors' file is complete by itself, and its rename is what counts.
-        replace(metadata, (json.dumps(described, indent=1, sort_keys=True) + "\n").encode())
+        replace(metadata, (json.dumps(vector.described, indent=1, sort_keys=True) + "\n").encode())
         replace(tensors, raw)
 
 

@@ -235,7 +235,7 @@ class VllmStream(Submitted):
             written = state.detokenizer.output_token_ids
             self._tokens += written[state.sent_tokens_offset :]
             state.sent_tokens_offset = len(written)
-        return self._delta(None if self._finish is None else _FINISH.get(self._finish))
+        return self._delta(_FINISH.get(self._finish or ""))
 
     def _next(self) -> Delta:
         finish = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,8 @@ from thinkserve.server.vllm_worker import Ints, Step
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Asked:
-    """What one request asks for, an array element per entry: which vector, how much, at which positions."""
+class Wanted:
+    """Entries, an array element each: which vector, how much, at which positions."""
 
     slot: Ints
     scale: NDArray[np.float32]
@@ -21,21 +21,21 @@ class Asked:
     stop: Ints
     column: Ints
     close: Ints
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Asked(Wanted):
+    """What one request asks for."""
+
     state: int | None
     layers: frozenset[int]
 
 
-@dataclass(frozen=True, slots=True)
-class Entries:
+@dataclass(frozen=True, slots=True, eq=False)
+class Entries(Wanted):
     """The entries of several requests one after another; `many` of each request."""
 
     many: Ints
-    slot: Ints
-    scale: NDArray[np.float32]
-    start: Ints
-    stop: Ints
-    column: Ints
-    close: Ints
     state: Ints
     layers: frozenset[int]
 
@@ -43,7 +43,7 @@ class Entries:
     def of(asked: tuple[Asked, ...]) -> Entries:
         """Those of these requests, in their order."""
         many = np.array([len(each.slot) for each in asked])
-        names = ("slot", "scale", "start", "stop", "column", "close")
+        names = [field.name for field in fields(Wanted)]
         arrays: dict[str, Any] = {name: np.concatenate([getattr(each, name) for each in asked]) for name in names}
         state = np.repeat([-1 if each.state is None else each.state for each in asked], many)
         layers = frozenset[int]().union(*(each.layers for each in asked))
@@ -67,28 +67,26 @@ class Rows:
 class Steady:
     """Requests that each write one token a step, steered by all of their entries: the next step is as this one was."""
 
+    entries: Entries
     requests: list[int]
     rows: list[int]
     owner: Ints
-    start: Ints
-    stop: Ints
 
     @staticmethod
-    def begun(entries: Entries | None, requests: list[int], step: Step, rows: Rows | None) -> Steady | None:
-        """Of a step whose rows are these; None where the next one may be another."""
-        if entries is None or rows is None or len(rows.row) != len(entries.slot) or (rows.close >= 0).any():
+    def begun(entries: Entries, requests: list[int], step: Step) -> Steady | None:
+        """Of these requests in this step; None where the next one may be another."""
+        if (entries.close >= 0).any():
             return None
-        if not (step.count[requests] == 1).all():
-            return None
-        owner = np.repeat(requests, entries.many)
-        return Steady(requests, step.first_row[requests].tolist(), owner, entries.start, entries.stop)
+        rows, owner = step.first_row[requests].tolist(), np.repeat(requests, entries.many)
+        steady = Steady(entries, requests, rows, owner)
+        return steady if steady.goes_on(requests, step) else None
 
     def goes_on(self, requests: list[int], step: Step) -> bool:
         """Whether a step of the same requests is such a step again, in the same rows."""
         if requests != self.requests or step.first_row[requests].tolist() != self.rows:
             return False
         position = step.position[self.owner]
-        inside = (self.start <= position) & (position < self.stop)
+        inside = (self.entries.start <= position) & (position < self.entries.stop)
         return bool((step.count[requests] == 1).all() and inside.all())
 
 

@@ -114,7 +114,7 @@ class Steering:
         if self._steady is not None and self._steady.goes_on(requests, step):
             return
         rows = None if self._entries is None else rows_of(self._entries, requests, step)
-        self._steady = Steady.begun(self._entries, requests, step, rows)
+        self._steady = None if self._entries is None else Steady.begun(self._entries, requests, step)
         top = 0 if rows is None or not len(rows.row) else int(rows.row.max()) + 1
         self._index[: self._dirty] = -1
         if rows is not None and top:

@@ -12,8 +12,7 @@ is there.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import count
 
 from thinkserve.strategies.engine import Answer, Delta, Emit, Engine, Event, Finish, Path, StoppedBy, Task
@@ -107,31 +106,24 @@ class Tree:
 
     async def expand(self, counts: Mapping[Node, int]) -> list[Node]:
         """Propose, and have the proposals scored: those of a node in one batch, while others may still be written."""
-        return await self._grow(counts, self.score)
+        return await self.propose(counts, scored=True)
 
-    async def propose(self, counts: Mapping[Node, int]) -> list[Node]:
+    async def propose(self, counts: Mapping[Node, int], *, scored: bool = False) -> list[Node]:
         """Children for each node, `counts` of them at most, all written at the same time; duplicates are merged.
 
         A proposal that fails is a warning. Raises EngineDead, and EngineFailed when all proposals of the root fail.
         """
-
-        async def nothing(children: Sequence[Node]) -> None:
-            pass
-
-        return await self._grow(counts, nothing)
-
-    async def _grow(self, counts: Mapping[Node, int], then: Callable[[Sequence[Node]], Awaitable[None]]) -> list[Node]:
         if over := self.over:
             self._refused = over
             return []
         left = self.limits.tokens - self.limits.reserve - self.spent.tokens
         drafts = self._drafts(counts)[:left]
-        for node, number in Counter(draft.parent for draft in drafts).items():
-            self.spent.expansions += 1
-            await self.emit(Event("node.expanded", None, {"node": node.id, "proposals": number}))
         siblings: dict[Node, list[Draft]] = {}
         for draft in drafts:
             siblings.setdefault(draft.parent, []).append(draft)
+        for node, proposals in siblings.items():
+            self.spent.expansions += 1
+            await self.emit(Event("node.expanded", None, {"node": node.id, "proposals": len(proposals)}))
 
         async def grow(mine: Sequence[Draft]) -> list[Node]:
             await self._write(mine, left // len(drafts))
@@ -139,7 +131,8 @@ class Tree:
             if len(failed) == len(mine) and mine[0].parent is self.root:
                 raise failed[0]
             children = await self._children(mine)
-            await then(children)
+            if scored:
+                await self.score(children)
             return children
 
         grown = await together(grow, siblings.values())

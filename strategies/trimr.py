@@ -153,11 +153,14 @@ class _Watched(Thought):
         budget = job.max_tokens if job.thinking_budget is None else min(job.thinking_budget, job.max_tokens)
         self._most = options.budget_share * budget
         self._thoughts = self._agree = 0
-        self._agreed = False
         self._error: Exception | None = None
         self._scope = CancelScope()
         self._queue: deque[tuple[int, tuple[str, ...]]] = deque()
         self._arrived = anyio.Event()
+
+    @property
+    def _agreed(self) -> bool:
+        return self._agree >= self._options.agreements
 
     def lead(self) -> str:
         """The words that make the model conclude."""
@@ -221,7 +224,6 @@ class _Watched(Thought):
             self._agree = self._agree + 1 if same else 0
         told = {"thought": number, "exists": exists, "same": same, "count": self._agree}
         self.tell(Event("verifier", self._trimmed.index(self.job), told))
-        self._agreed = self._agree >= self._options.agreements
         if self._agreed and self._options.overthinking:
             self.end(Ending("overthinking", self._kind))
 
