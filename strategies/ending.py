@@ -90,6 +90,10 @@ class Thought:
         """The words of a mild ending."""
         return ""
 
+    def sentence(self, ending: Ending) -> str:
+        """The words before a forced ending; may be none."""
+        return self._sentence
+
     def end(self, ending: Ending) -> None:
         """Decide to end thinking; the first decision counts until it is carried out."""
         if not self.over and self._ending is None:
@@ -168,7 +172,7 @@ class Thought:
     def _words(self, ending: Ending) -> Tokens:
         """Our tokens behind a text that ends as this one does."""
         breaks = len(self._tail) - len(self._tail.rstrip("\n"))
-        text = self.lead() if ending.kind == "mild" else self._sentence
+        text = self.lead() if ending.kind == "mild" else self.sentence(ending)
         tokens = self._modified.encode("\n" * (2 - breaks) + text) if text else ()
         if ending.kind == "mild":
             return tokens if self._fits(tokens) else ()

@@ -10,9 +10,12 @@
     the same block of tokens K = 4 times back to back         repetition: close the thinking by force
 
 A verdict is looked at when the next token comes; one that comes after the end of thinking is dropped, and after an
-ending nothing is asked any more. A mild ending takes effect at the end of the sentence; a model that goes on thinking
-all the same is closed after `mild_room` tokens. The paper leaves open whether both conditions of underthinking must
-hold: `need`. Numbers of tokens that are left out are for contexts from 8192 on, a smaller one has its share.
+ending nothing is asked any more. An ending takes effect at the end of the sentence; a model that goes on thinking after
+a mild one is closed after `mild_room` tokens. By then the next look has been announced ("Wait, let me verify that."),
+and nothing is taken back: a model that is cut off there may answer as if it had doubts. Where results are compared, and
+so are known, a forced ending states once more what they agree on (`conclusion`). The paper leaves open whether both
+conditions of underthinking must hold: `need`. Numbers of tokens that are left out are for contexts from 8192 on, a
+smaller one has its share.
 """
 
 from __future__ import annotations
@@ -39,9 +42,10 @@ from thinkserve.strategies.scale import FULL_CONTEXT, scaled
 from thinkserve.strategies.single import stream_chain
 from thinkserve.strategies.splice import Modified, Watcher
 from thinkserve.strategies.thoughts import MARKERS, Segmenter, excerpt, result
-from thinkserve.strategies.verifier import ASK_EXISTS, ASK_SAME, Verifier
+from thinkserve.strategies.verifier import ASK_EXISTS, ASK_SAME, Verifier, filled
 
 LEAD = "**Final Answer**\n\n"
+CONCLUSION = "So the answer is still {result}."
 
 
 class TrimrOptions(EndingOptions):
@@ -74,6 +78,11 @@ class TrimrOptions(EndingOptions):
     margin: float = Field(default=0.0, ge=-20, le=20, allow_inf_nan=False, description="Log-odds that make a Yes.")
     ending: Literal["mild", "forced"] | None = Field(
         default=None, description="How overthinking ends; left out, mildly, or by force with a small model."
+    )
+    conclusion: str = Field(
+        default=CONCLUSION,
+        max_length=400,
+        description="Instead of `sentence`, where results were compared and agree, with {result}; may be empty.",
     )
     lead: str = Field(default=LEAD, max_length=400, description="Words of a mild ending.")
     mild_room: int | None = Field(
@@ -153,6 +162,8 @@ class _Watched(Thought):
         budget = job.max_tokens if job.thinking_budget is None else min(job.thinking_budget, job.max_tokens)
         self._most = options.budget_share * budget
         self._thoughts = self._agree = 0
+        # The last excerpt that states a result.
+        self._stated: str | None = None
         self._error: Exception | None = None
         self._scope = CancelScope()
         self._queue: deque[tuple[int, tuple[str, ...]]] = deque()
@@ -165,6 +176,12 @@ class _Watched(Thought):
     def lead(self) -> str:
         """The words that make the model conclude."""
         return self._options.lead
+
+    def sentence(self, ending: Ending) -> str:
+        """Where it is known what the results agree on, that."""
+        if ending.rule == "overthinking" and self._compare == "results" and self._stated is not None:
+            return filled(self._options.conclusion, result=result(self._stated))
+        return super().sentence(ending)
 
     def take(self, token: int, text: str) -> None:
         """The rules that need no verifier; and what there is to verify."""
@@ -197,7 +214,6 @@ class _Watched(Thought):
 
     async def verify(self) -> None:
         """Ask about every thought in order, until there is a decision."""
-        last: str | None = None
         with self._scope:
             while True:
                 while self._queue:
@@ -205,11 +221,12 @@ class _Watched(Thought):
                     try:
                         text = excerpt(thought, self._paragraphs, self._tokens, self._trimmed)
                         exists = await self._trimmed.verifier.states_result(text) > self._options.margin
+                        last = self._stated
                         same = await self._same(last, text) if exists and last is not None else None
                     except LOST as error:
                         self._failed(error)
                         continue
-                    last = text if exists else last
+                    self._stated = text if exists else self._stated
                     self._judge(number, exists, same)
                 self._arrived = anyio.Event()
                 await self._arrived.wait()

@@ -243,17 +243,33 @@ async def test_what_is_put_in_is_not_looked_at_again() -> None:
     assert engine.generated + len(lead) + 2 >= len(out.tokens) - 205
 
 
-async def test_a_small_model_is_ended_by_force_and_without_a_sentence() -> None:
-    """By its context; one that asks for the mild ending gets it."""
+async def test_a_small_model_is_ended_by_force_with_what_its_results_agree_on() -> None:
+    """Not with doubts that it has just announced; by its context, and one that asks for the mild ending gets it."""
     info: ModelInfo = replace(SCRIPTED, context=4096)
     script = thinking("1" * 20) + "</think>1"
     _, out, text = await trim(Watched(script, info=info), **OFF)
     assert [("overthinking", "forced")] == endings(out)
-    assert text.split("</think>")[0].endswith(("\n", "\n\n"))
+    assert text.split("</think>")[0].endswith("look number 3 at the whole of it.\n\nSo the answer is still 1.\n")
 
     _, out, text = await trim(Watched(script, info=info), ending="mild", mild_room=30, **OFF)
     assert [("overthinking", "mild"), ("overthinking", "forced")] == endings(out)
     assert LEAD in text
+
+
+@pytest.mark.parametrize(
+    ("results", "options", "said"),
+    [
+        ("1111", {"compare": "results", "conclusion": "It is {result}: {no}."}, "It is 1: {no}.\n"),
+        ("1111", {"compare": "results", "conclusion": ""}, "it.\n"),
+        ("1111", {"compare": "ask", "sentence": "Enough."}, "Enough.\n"),
+        ("1212", {"compare": "results", "sentence": "Enough.", "underthinking": True, "thoughts": 3}, "Enough.\n"),
+    ],
+)
+async def test_only_a_result_that_was_compared_is_stated(results: str, options: dict[str, Any], said: str) -> None:
+    """Of results that the verifier was asked about none is known, and without agreement there is none."""
+    engine = Watched(f"{thinking(results)}</think>1")
+    *_, text = await trim(engine, ending="forced", **OFF | options)
+    assert text.split("</think>")[0].endswith(said)
 
 
 async def test_excerpts_are_the_ends_of_thoughts() -> None:
