@@ -14,6 +14,11 @@ popped is the best of all. "increase", max(0, h(s) - h(n)), is a survey's wordin
 The root, on which nothing can be wrong yet, has reward 1. (With h(root) = 1 the first step would be free: a path whose
 rewards are low from the start, and stay so, would cost nothing.)  With `aggregate` "min" or "prod" h never falls along
 a path, so f = h: a reward model's noise does not add up, and depth is not punished.
+
+Steps that are still to come will lose rewards, too, of which h, the paper's, knows nothing: so short paths look better
+than they are, and the search goes back more often than it need. `ahead` is what each of these steps is expected to
+lose. As only differences count, depth is subtracted instead; a complete solution, with nothing ahead, is as deep as the
+deepest node. It is 0 in the paper; with more nothing is promised of the first solution.
 """
 
 from __future__ import annotations
@@ -32,7 +37,7 @@ from thinkserve.strategies.tree_budget import TreeOptions, limits
 from thinkserve.strategies.tree_node import Node
 
 Edge = Literal["consistent", "increase"]
-# (f, -depth, order of making, node)
+# (rank: f and what is expected ahead, -depth, order of making, node)
 Entry = tuple[float, int, int, Node]
 
 
@@ -42,6 +47,13 @@ class AStarOptions(RewardOptions, TreeOptions):
     k: int = Field(default=4, ge=1, le=64, description="Continuations of each expanded node.")
     edge: Edge = Field(
         default="consistent", description="Cost of a step: the reward it gains (h stays consistent), or loses."
+    )
+    ahead: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="Reward that a step still to come is expected to lose; the more, the less the search goes back.",
     )
     max_expansions: int = Field(default=64, ge=1, le=4096, description="How many nodes may be expanded.")
     max_open: int = Field(default=1024, ge=1, le=65_536, description="How many nodes may wait; the worst are given up.")
@@ -72,7 +84,7 @@ async def run(task: Task, engine: Engine, emit: Emit, options: AStarOptions) -> 
     bounds = limits(task, engine, options, expansions=options.max_expansions, nodes=options.max_open)
     tree = Tree(task, engine, emit, bounds, options)
     root = await tree.start()
-    h, f = {root: 0.0}, {root: 0.0}
+    h, f, rank = {root: 0.0}, {root: 0.0}, {root: 0.0}
     heap: list[Entry] = [(0.0, 0, 0, root)]
     while heap and not tree.over:
         node = heappop(heap)[-1]
@@ -81,9 +93,11 @@ async def run(task: Task, engine: Engine, emit: Emit, options: AStarOptions) -> 
         for child in await tree.expand({node: options.k}) if node.open else ():
             h[child] = 1.0 - tree.value(child)
             f[child] = f[node] + CHANGE[options.edge](h[child] - h[node])
-            heappush(heap, (f[child], -child.depth, len(f), child))
+            done = max(each.depth for each in f) if child.terminal else child.depth
+            rank[child] = f[child] - options.ahead * done
+            heappush(heap, (rank[child], -child.depth, len(f), child))
         await _shrink(tree, heap)
-    best = min(tree.ends, key=lambda node: (not node.terminal, f[node], h[node], -node.length))
+    best = min(tree.ends, key=lambda node: (not node.terminal, rank[node], h[node], -node.length))
     return await tree.answer(best, f"the least f = {f[best]:.3f}", decided=tree.over is None)
 
 

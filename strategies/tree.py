@@ -172,7 +172,7 @@ class Tree:
         left = self.limits.tokens - self.spent.tokens
         if node.terminal or self.ended is not None or left <= 0:
             return node
-        start, room = node, answer_room(self.limits.path)
+        start, room = node, answer_room(min(self.limits.path, left))
         while start.parent is not None and (not start.open or start.left < room):
             start = start.parent
         draft = self._draft(start)

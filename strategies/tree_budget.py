@@ -67,8 +67,8 @@ def limits(
     tokens = options.chains() * task.max_tokens
     if task.max_total_tokens is not None:
         tokens = min(tokens, task.max_total_tokens)
-    # A single chain that uses up its tokens has nothing to go back to.
-    reserve = answer_room(min(path, tokens)) if options.chains() > 1 else 0
+    # Enough to think on and answer. A single chain that uses up its tokens has nothing to go back to.
+    reserve = min(path, tokens // 4) if options.chains() > 1 else 0
     return Limits(tokens, reserve, path, options.step_tokens, options.max_depth, options.max_passes, expansions, nodes)
 
 

@@ -115,6 +115,48 @@ def test_of_equal_nodes_the_deeper_comes_first() -> None:
     assert 6 == len(told(out, "node.expanded"))
 
 
+@pytest.mark.parametrize(("ahead", "pops"), [(0.0, ["", "a", "b", "aa", "bb"]), (0.06, ["", "a", "aa", "aaa"])])
+def test_what_is_expected_ahead_keeps_the_search_from_going_back(ahead: float, pops: list[str]) -> None:
+    """Two paths that both lose .05 a step: by f alone they are searched side by side."""
+    rewards = {name * depth: 1 - 0.05 * depth - (0.01 if name == "b" else 0) for name in "ab" for depth in range(1, 4)}
+
+    def steps(text: str) -> tuple[str, ...]:
+        name = text[:1]
+        return ("a\n\n", "b\n\n") if not name else ("end",) if len(said(text)) == 3 else (f"{name}\n\n",)
+
+    world = World(steps, lambda text: rewards[said(text)])
+
+    search("a-star", world, k=2, ahead=ahead)
+
+    assert pops == list(dict.fromkeys(said(world.behind(stream.job)) for stream in world.history))[: len(pops)]
+
+
+def said(text: str) -> str:
+    return text.replace("\n\n", "").replace("end", "")
+
+
+def test_a_solution_has_nothing_ahead() -> None:
+    """It is not passed over for a path that is longer and has lost much more."""
+    steps = {"": ("s\n\n", "l\n\n"), "s\n\n": ("end",)} | {"l\n\n" * n: ("l\n\n",) for n in range(1, 14)}
+    rewards = {"s": 0.92, "send": 0.84} | {"l" * n: 1 - 0.01 * n if n <= 10 else 0.4 for n in range(1, 15)}
+    world = World(steps | {"l\n\n" * 14: ("end",)}, lambda text: rewards.get(text.replace("\n\n", ""), 0.4))
+
+    answer, _ = search("a-star", world, k=2, ahead=0.05)
+
+    assert "s\n\nend" == text_of(world, answer)
+
+
+@pytest.mark.parametrize(("ahead", "finished"), [(0.0, "b"), (0.1, "aa")])
+def test_what_is_finished_at_a_limit_is_what_would_have_come_next(ahead: float, finished: str) -> None:
+    """By f alone the shallow one, which has lost least; else the deep one, of which less is missing."""
+    rewards = {"a": 0.9, "b": 0.85, "aa": 0.8, "ab": 0.1}
+    world = World(lambda text: ("a\n\n", "b\n\n"), lambda text: rewards.get(said(text), 0.0))
+
+    answer, _ = search("a-star", world, k=2, ahead=ahead, max_expansions=2)
+
+    assert said(text_of(world, answer)).startswith(finished)
+
+
 def test_one_continuation_is_plain_sampling() -> None:
     """k = 1: one chain, whatever it is worth; no token more than `single` needs."""
     script = ("one\n\n", "two\n\n", "three")

@@ -319,7 +319,7 @@ async def test_a_slow_subtree_does_not_hold_up_the_others() -> None:
 
 
 def test_limits_follow_from_the_request() -> None:
-    """chains() chains of tokens, the ceiling if that is less; something is kept for an answer, if there are several."""
+    """chains() chains of tokens, the ceiling if that is less; a quarter is kept for an answer, if there are several."""
 
     class Three(TreeOptions):
         def chains(self) -> int:
@@ -332,7 +332,7 @@ def test_limits_follow_from_the_request() -> None:
 
     found = [(each.tokens, each.reserve) for each in (free, capped, short, single)]
 
-    assert [(300, 25), (150, 25), (60, 15), (100, 0)] == found
+    assert [(300, 75), (150, 37), (60, 15), (100, 0)] == found
 
 
 async def test_the_last_tokens_are_spent_as_far_as_they_go() -> None:
