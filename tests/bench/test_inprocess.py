@@ -86,10 +86,11 @@ def test_a_star_is_judged_where_it_first_is_as_accurate_as_best_of_8() -> None:
     cheap = measured("a-star@4", [True, False, False], 200, {"prm_passes": 3})
     good = measured("a-star@8", [True, True, False], 300, {"prm_passes": 9})
 
-    accuracy, tokens, passes = search.verdicts([best, cheap, good])
+    accuracy, tokens, passes = search.verdicts([best, cheap, good], "a-star")
     assert ("met", "met", "missed") == (accuracy[3], tokens[3], passes[3])
-    assert "missed" == search.verdicts([best, cheap])[0][3]
-    assert [] == search.verdicts([good])
+    assert "missed" == search.verdicts([best, cheap], "a-star")[0][3]
+    assert [] == search.verdicts([good], "a-star")
+    assert [] == search.verdicts([best, good], "a-star-ahead")
 
 
 def test_both_models_are_judged_by_what_they_recover() -> None:
