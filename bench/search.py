@@ -140,7 +140,7 @@ def command(
     level: str = "hard",
     method: Annotated[list[str] | None, typer.Option(help="One method; may be repeated.")] = None,
     chains: Annotated[list[int] | None, typer.Option(help="One budget; may be repeated.")] = None,
-    concurrency: Annotated[int, typer.Option(min=1, help="Problems at work at once.")] = 16,
+    concurrency: Annotated[int, typer.Option(min=1, help="Problems at work at once.")] = 64,
     out: Annotated[Path, typer.Option(help="Folder of the table, the JSON and the plot.")] = ROOT / "bench/results",
     quick: Annotated[bool, typer.Option("--quick", help="8 problems, one budget; nothing is written.")] = False,
 ) -> None:
