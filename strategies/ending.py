@@ -3,8 +3,8 @@
     mild      ... so 3+4=7.  ⏎⏎ **Final Answer** ⏎⏎ ...        the model concludes and closes its thinking itself
     forced    ... so 3+4=7.  ⏎⏎ I have thought long enough. ⏎ </think>     it can only answer
 
-Nothing that was written is taken back (arXiv:2505.17155, section 3.3, leaves that open): what is ours follows the
-sentence in which the decision fell.
+What is ours follows the sentence in which the decision fell (arXiv:2505.17155, section 3.3, leaves that open), or the
+last place from which on the text is held back. What has been handed on is never taken back.
 """
 
 from __future__ import annotations
@@ -46,7 +46,10 @@ class Ending:
 
 
 class Thought:
-    """The thinking of one chain, watched token by token; subclasses look at it in `take` and may call `end`."""
+    """The thinking of one chain, watched token by token; subclasses look at it in `take` and may call `end`.
+
+    While they set `holding`, there, the token at hand and those behind it are held back.
+    """
 
     def __init__(self, modified: Modified, job: Job, sentence: str | None) -> None:
         self.job, self.info = job, modified.info()
@@ -66,6 +69,7 @@ class Thought:
 
     def _stand(self, text: Tokens) -> None:
         """Take up where the chain stands: behind this text."""
+        self._text, self.holding, self.held = list(text), False, 0
         phase = self._modified.task.phase
         self._phases, self._sentences = Phases(self.info, phase), Sentences(self._modified)
         self._phases.push(text)
@@ -90,10 +94,6 @@ class Thought:
         """The words of a mild ending."""
         return ""
 
-    def sentence(self, ending: Ending) -> str:
-        """The words before a forced ending; may be none."""
-        return self._sentence
-
     def end(self, ending: Ending) -> None:
         """Decide to end thinking; the first decision counts until it is carried out."""
         if not self.over and self._ending is None:
@@ -101,7 +101,7 @@ class Thought:
 
     def close(self) -> None:
         """Thinking is over, for whatever reason: nothing is looked at any more."""
-        self.over = True
+        self.over, self.holding, self.held = True, False, 0
 
     def tell(self, event: Event) -> None:
         """Something for those who watch."""
@@ -114,6 +114,7 @@ class Thought:
 
     def inject(self, tokens: Tokens) -> None:
         """Tokens that there is nothing to decide about: they count as text and are not looked at."""
+        self._text, self.holding, self.held = [*self._text, *tokens], False, 0
         self._phases.push(tokens)
         self._sentences.ended(tokens)
         self._tail = (self._tail + self._sentences.text)[-2:]
@@ -133,9 +134,10 @@ class Thought:
             self.inject(delta.tokens)
             return None
         for at, token in enumerate(delta.tokens):
-            ended = self._sentences.ended((token,))
+            ended = self._sentences.ended((token,)) or self.held > 0
             if ended and (ending := self._pending(delta, at)) and (splice := self._splice(ending, at, room)):
                 return splice
+            self._text.append(token)
             self._phases.push((token,))
             self._tail = (self._tail + self._sentences.text)[-2:]
             if self._phases.closed:
@@ -143,6 +145,7 @@ class Thought:
                 return None
             if self._phases.phase == "thinking":
                 self.take(token, self._sentences.text)
+            self.held = self.held + 1 if self.holding else 0
             ending = self._pending(delta, at + 1)
             if ending and self._now(ending) and (splice := self._splice(ending, at + 1, room)):
                 return splice
@@ -157,6 +160,9 @@ class Thought:
 
     def _splice(self, ending: Ending, keep: int, room: int) -> Splice | None:
         self._ending = None
+        if self.held:
+            keep -= self.held
+            self._stand(tuple(self._text[: -self.held]))
         bare = self.info.think_close if ending.kind == "forced" else ()
         tokens = next((each for each in (self._words(ending), bare) if each and keep + len(each) < room), ())
         if not tokens:
@@ -172,7 +178,7 @@ class Thought:
     def _words(self, ending: Ending) -> Tokens:
         """Our tokens behind a text that ends as this one does."""
         breaks = len(self._tail) - len(self._tail.rstrip("\n"))
-        text = self.lead() if ending.kind == "mild" else self.sentence(ending)
+        text = self.lead() if ending.kind == "mild" else self._sentence
         tokens = self._modified.encode("\n" * (2 - breaks) + text) if text else ()
         if ending.kind == "mild":
             return tokens if self._fits(tokens) else ()

@@ -6,6 +6,9 @@
 
 Our tokens are part of the stream, with log-probability 0 and statistics that are not known; they are not counted as
 generated. The watcher never sees them as the model's.
+
+What was handed on is never taken back. Where a watcher may soon want to end the chain at a place that has just been
+passed, it holds back what comes behind that place: decoding goes on, the reader waits.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from typing import Protocol
 from thinkserve.strategies.around import Around, AroundChain
 from thinkserve.strategies.engine import Chain, Control, Delta, Emit, Engine, Event, Job, Stream, Task, Tokens
 from thinkserve.strategies.pieces import injected
+from thinkserve.strategies.streams import joined, parted
 
 Begin = Callable[[int], AbstractAsyncContextManager[Stream]]
 # A strategy runs no more chains than this.
@@ -26,7 +30,10 @@ MOST_CHAINS = 64
 
 @dataclass(frozen=True, slots=True)
 class Splice:
-    """Keep the first `keep` tokens of the delta at hand, then `tokens` of ours, and go on from there."""
+    """Keep the first `keep` tokens of the delta at hand, then `tokens` of ours, and go on from there.
+
+    A negative `keep` drops so many of those that were held back, too.
+    """
 
     keep: int
     tokens: Tokens
@@ -34,6 +41,11 @@ class Splice:
 
 class Watcher(Protocol):
     """Follows one chain and decides, synchronously: decoding is never held."""
+
+    @property
+    def held(self) -> int:
+        """How many of the last tokens are not to be handed on yet."""
+        ...
 
     def push(self, delta: Delta, room: int) -> Splice | None:
         """What the model wrote; `room` is how many tokens the segment may hold, these included. Raises EngineFailed.
@@ -128,16 +140,22 @@ class _Chain(AroundChain):
             return self._inner.segment(most, until, controls)
 
         async with AsyncExitStack() as stack:
-            stream = await stack.enter_async_context(begin(max_tokens))
-            yield _Spliced(self, stack, begin, stream, max_tokens)
+            spliced = _Spliced(self, stack, begin, await stack.enter_async_context(begin(max_tokens)), max_tokens)
+            try:
+                yield spliced
+            finally:
+                # What nobody has read is no part of the chain.
+                if spliced.held.tokens:
+                    self.drop(len(spliced.held.tokens))
 
 
 class _Spliced:
-    """One segment as the strategy sees it, out of as many as it takes."""
+    """One segment as the strategy sees it, out of as many as it takes; `held` is what was not handed on yet."""
 
     def __init__(self, chain: _Chain, stack: AsyncExitStack, begin: Begin, stream: Stream, room: int) -> None:
         self._chain, self._stack, self._begin = chain, stack, begin
         self._streams, self._room = [stream], room
+        self.held = Delta()
 
     @property
     def generated(self) -> int:
@@ -151,25 +169,31 @@ class _Spliced:
         return self
 
     async def __anext__(self) -> Delta:
-        delta = await self._streams[-1].__anext__()
-        chain = self._chain
-        splice = chain.watcher.push(delta, self._room)
-        for event in chain.watcher.news():
-            await chain.emit(event)
-        if splice is None:
+        while True:
+            delta = await self._streams[-1].__anext__()
+            chain = self._chain
+            splice = chain.watcher.push(delta, self._room)
+            for event in chain.watcher.news():
+                await chain.emit(event)
+            read, self.held = joined(self.held, delta), Delta()
+            if splice is not None:
+                self._room -= splice.keep + len(splice.tokens)
+                return await self._cut(read, splice.keep - len(delta.tokens), splice.tokens)
             self._room -= len(delta.tokens)
-            return delta
-        self._room -= splice.keep + len(splice.tokens)
+            back = 0 if delta.finish else chain.watcher.held
+            read, self.held = parted(read, len(read.tokens) - back)
+            if read.tokens or read.finish:
+                return read
+
+    async def _cut(self, read: Delta, end: int, tokens: Tokens) -> Delta:
+        """What was read up to `end`, counted from behind, and `tokens` of ours, behind which the chain goes on."""
+        chain = self._chain
         await self._stack.aclose()
-        chain.splice(len(delta.tokens) - splice.keep, splice.tokens)
+        chain.splice(-end, tokens)
         self._streams.append(await self._stack.enter_async_context(self._begin(self._room)))
-        return _joined(delta, splice.keep, injected(splice.tokens, chain.job.logprobs, stats=chain.job.stats))
+        kept, _ = parted(read, len(read.tokens) + end)
+        return joined(kept, injected(tokens, chain.job.logprobs, stats=chain.job.stats))
 
     def unread(self) -> Delta:
-        return self._streams[-1].unread()
-
-
-def _joined(delta: Delta, keep: int, ours: Delta) -> Delta:
-    """The first tokens of a delta and then ours."""
-    logprobs, top, stats = delta.logprobs[:keep] + ours.logprobs, delta.top[:keep] + ours.top, delta.stats[:keep]
-    return Delta(delta.tokens[:keep] + ours.tokens, logprobs, top, stats=stats + ours.stats)
+        read, self.held = joined(self.held, self._streams[-1].unread()), Delta()
+        return read

@@ -96,6 +96,17 @@ def joined(first: Delta, then: Delta) -> Delta:
     return Delta(first.tokens + then.tokens, first.logprobs + then.logprobs, top, finish, stats)
 
 
+def parted(delta: Delta, at: int) -> tuple[Delta, Delta]:
+    """The first `at` tokens of a delta, and the others, with whose last the stream ended if it did."""
+
+    def part(first: int | None, last: int | None, finish: Finish | None) -> Delta:
+        tokens, logprobs = delta.tokens[first:last], delta.logprobs[first:last]
+        return Delta(tokens, logprobs, delta.top[first:last], finish, delta.stats[first:last])
+
+    whole = at >= len(delta.tokens)
+    return part(None, at, delta.finish if whole else None), part(at, None, None if whole else delta.finish)
+
+
 async def growing(stream: Stream) -> AsyncIterator[Delta]:
     """All that a stream has said so far, again with every delta."""
     read = Delta()

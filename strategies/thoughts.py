@@ -17,7 +17,10 @@ MARKERS = (
 
 
 class Segmenter:
-    """Push text, get the thoughts that it completes; `patience` paragraphs without a marker are waited for."""
+    """Push text, get the thoughts that it completes; `patience` paragraphs without a marker are waited for.
+
+    `undecided`: a paragraph has just begun, and cannot yet be told from the beginning of another thought.
+    """
 
     def __init__(self, markers: Sequence[str] = MARKERS, patience: int = 24) -> None:
         self._markers = tuple(marker.lower() for marker in markers)
@@ -27,8 +30,8 @@ class Segmenter:
         self._past = 0
         self._thought: list[str] = []
         self._paragraph = ""
-        # The first paragraph begins the first thought, whatever it says.
-        self._undecided = False
+        # Whether a paragraph has begun that may turn round; the first begins the first thought, whatever it says.
+        self.undecided = False
 
     def push(self, text: str) -> list[tuple[str, ...]]:
         """More of the thinking; the thoughts that have ended, each as its paragraphs."""
@@ -36,10 +39,10 @@ class Segmenter:
         for character in text:
             if character != "\n" and self._paragraph.endswith("\n\n"):
                 self._thought.append(self._paragraph.strip())
-                self._paragraph, self._past, self._undecided = "", self._past + 1, True
+                self._paragraph, self._past, self.undecided = "", self._past + 1, True
             self._paragraph += character
-            if self._undecided and (len(self._paragraph) > self._longest or character == "\n"):
-                self._undecided = False
+            if self.undecided and (len(self._paragraph) > self._longest or character == "\n"):
+                self.undecided = False
                 if self._turns():
                     ended.append(tuple(self._thought))
                     self._thought.clear()

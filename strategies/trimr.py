@@ -11,11 +11,12 @@
 
 A verdict is looked at when the next token comes; one that comes after the end of thinking is dropped, and after an
 ending nothing is asked any more. An ending takes effect at the end of the sentence; a model that goes on thinking after
-a mild one is closed after `mild_room` tokens. By then the next look has been announced ("Wait, let me verify that."),
-and nothing is taken back: a model that is cut off there may answer as if it had doubts. Where results are compared, and
-so are known, a forced ending states once more what they agree on (`conclusion`). The paper leaves open whether both
-conditions of underthinking must hold: `need`. Numbers of tokens that are left out are for contexts from 8192 on, a
-smaller one has its share.
+a mild one is closed after `mild_room` tokens. The paper leaves open whether both conditions of underthinking must hold:
+`need`. Numbers of tokens that are left out are for contexts from 8192 on, a smaller one has its share.
+
+A thought ends where the next look is announced ("Wait, let me verify that."), and behind such words a model may answer
+as if it had doubts. So where a verdict may end the thinking, what comes behind the thought is held back from the reader
+until it is there (`HOLD` tokens at most, and never beyond the line), and dropped if it does.
 """
 
 from __future__ import annotations
@@ -42,10 +43,10 @@ from thinkserve.strategies.scale import FULL_CONTEXT, scaled
 from thinkserve.strategies.single import stream_chain
 from thinkserve.strategies.splice import Modified, Watcher
 from thinkserve.strategies.thoughts import MARKERS, Segmenter, excerpt, result
-from thinkserve.strategies.verifier import ASK_EXISTS, ASK_SAME, Verifier, filled
+from thinkserve.strategies.verifier import ASK_EXISTS, ASK_SAME, Verifier
 
 LEAD = "**Final Answer**\n\n"
-CONCLUSION = "So the answer is still {result}."
+HOLD = 64
 
 
 class TrimrOptions(EndingOptions):
@@ -78,11 +79,6 @@ class TrimrOptions(EndingOptions):
     margin: float = Field(default=0.0, ge=-20, le=20, allow_inf_nan=False, description="Log-odds that make a Yes.")
     ending: Literal["mild", "forced"] | None = Field(
         default=None, description="How overthinking ends; left out, mildly, or by force with a small model."
-    )
-    conclusion: str = Field(
-        default=CONCLUSION,
-        max_length=400,
-        description="Instead of `sentence`, where results were compared and agree, with {result}; may be empty.",
     )
     lead: str = Field(default=LEAD, max_length=400, description="Words of a mild ending.")
     mild_room: int | None = Field(
@@ -158,12 +154,10 @@ class _Watched(Thought):
         # The embedded family goes on verifying after any words of ours.
         self._kind = options.ending or ("forced" if small else "mild")
         self._compare = options.compare or ("results" if small else "ask")
-        self._mild_room = options.mild_room or scaled(512, context)
+        self._mild_room, self._hold = options.mild_room or scaled(512, context), scaled(HOLD, context)
         budget = job.max_tokens if job.thinking_budget is None else min(job.thinking_budget, job.max_tokens)
         self._most = options.budget_share * budget
-        self._thoughts = self._agree = 0
-        # The last excerpt that states a result.
-        self._stated: str | None = None
+        self._thoughts = self._judged = self._agree = 0
         self._error: Exception | None = None
         self._scope = CancelScope()
         self._queue: deque[tuple[int, tuple[str, ...]]] = deque()
@@ -176,12 +170,6 @@ class _Watched(Thought):
     def lead(self) -> str:
         """The words that make the model conclude."""
         return self._options.lead
-
-    def sentence(self, ending: Ending) -> str:
-        """Where it is known what the results agree on, that."""
-        if ending.rule == "overthinking" and self._compare == "results" and self._stated is not None:
-            return filled(self._options.conclusion, result=result(self._stated))
-        return super().sentence(ending)
 
     def take(self, token: int, text: str) -> None:
         """The rules that need no verifier; and what there is to verify."""
@@ -201,6 +189,15 @@ class _Watched(Thought):
         if ended:
             self._queue.extend(enumerate(ended, self._thoughts - len(ended) + 1))
             self._arrived.set()
+        self.holding = options.overthinking and self._holds(text)
+
+    def _holds(self, text: str) -> bool:
+        """Whether verdicts that are out may end the thinking before the paragraph at hand."""
+        out = self._thoughts - self._judged
+        if self._segments.undecided:
+            return self._agree + out + 1 >= self._options.agreements
+        # What is not held from its beginning on is not held at all.
+        return self.holding and out > 0 and "\n" not in text and self.held < self._hold
 
     def end(self, ending: Ending) -> None:
         """With the decision, verification is over."""
@@ -214,6 +211,7 @@ class _Watched(Thought):
 
     async def verify(self) -> None:
         """Ask about every thought in order, until there is a decision."""
+        last: str | None = None
         with self._scope:
             while True:
                 while self._queue:
@@ -221,13 +219,13 @@ class _Watched(Thought):
                     try:
                         text = excerpt(thought, self._paragraphs, self._tokens, self._trimmed)
                         exists = await self._trimmed.verifier.states_result(text) > self._options.margin
-                        last = self._stated
                         same = await self._same(last, text) if exists and last is not None else None
                     except LOST as error:
                         self._failed(error)
-                        continue
-                    self._stated = text if exists else self._stated
-                    self._judge(number, exists, same)
+                    else:
+                        last = text if exists else last
+                        self._judge(number, exists, same)
+                    self._judged = number
                 self._arrived = anyio.Event()
                 await self._arrived.wait()
 

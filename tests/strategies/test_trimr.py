@@ -24,15 +24,15 @@ pytestmark = pytest.mark.anyio
 
 
 async def test_three_results_that_agree_end_the_thinking_at_the_third() -> None:
-    """Mildly: a lead to the conclusion at the end of the sentence, and the model closes its thinking itself."""
+    """Mildly: a lead to the conclusion in the place of the next look, and the model closes its thinking itself."""
     engine = Watched(thinking("111") + thought("1", 3)[:57] + "</think>It is 1.")
     _, out, text = await trim(engine, **OFF)
 
     assert [(1, True, None, 0), (2, True, True, 1), (3, True, True, 2)] == verdicts(out)
     assert [("overthinking", "mild")] == endings(out)
     before, after = text.split(LEAD)
-    assert before == thinking("111") + "Wait, this is look number 3 at the whole of it.\n\n"
-    assert " Now then.</think>It is 1." == after
+    assert before == thinking("111")
+    assert "Wait, this is look number 3 at the whole of it. Now then.</think>It is 1." == after
     assert 5 == len(engine.asked)
 
 
@@ -243,33 +243,17 @@ async def test_what_is_put_in_is_not_looked_at_again() -> None:
     assert engine.generated + len(lead) + 2 >= len(out.tokens) - 205
 
 
-async def test_a_small_model_is_ended_by_force_with_what_its_results_agree_on() -> None:
-    """Not with doubts that it has just announced; by its context, and one that asks for the mild ending gets it."""
+async def test_a_small_model_is_ended_by_force_and_without_a_sentence() -> None:
+    """By its context; one that asks for the mild ending gets it."""
     info: ModelInfo = replace(SCRIPTED, context=4096)
     script = thinking("1" * 20) + "</think>1"
     _, out, text = await trim(Watched(script, info=info), **OFF)
     assert [("overthinking", "forced")] == endings(out)
-    assert text.split("</think>")[0].endswith("look number 3 at the whole of it.\n\nSo the answer is still 1.\n")
+    assert text.split("</think>")[0].endswith(("\n", "\n\n"))
 
     _, out, text = await trim(Watched(script, info=info), ending="mild", mild_room=30, **OFF)
     assert [("overthinking", "mild"), ("overthinking", "forced")] == endings(out)
     assert LEAD in text
-
-
-@pytest.mark.parametrize(
-    ("results", "options", "said"),
-    [
-        ("1111", {"compare": "results", "conclusion": "It is {result}: {no}."}, "It is 1: {no}.\n"),
-        ("1111", {"compare": "results", "conclusion": ""}, "it.\n"),
-        ("1111", {"compare": "ask", "sentence": "Enough."}, "Enough.\n"),
-        ("1212", {"compare": "results", "sentence": "Enough.", "underthinking": True, "thoughts": 3}, "Enough.\n"),
-    ],
-)
-async def test_only_a_result_that_was_compared_is_stated(results: str, options: dict[str, Any], said: str) -> None:
-    """Of results that the verifier was asked about none is known, and without agreement there is none."""
-    engine = Watched(f"{thinking(results)}</think>1")
-    *_, text = await trim(engine, ending="forced", **OFF | options)
-    assert text.split("</think>")[0].endswith(said)
 
 
 async def test_excerpts_are_the_ends_of_thoughts() -> None:
