@@ -78,9 +78,8 @@ def cells(each: Measured, free: Measured) -> list[str]:
     ]  # fmt: skip
 
 
-def verdicts(rows: Sequence[Measured]) -> list[list[str]]:
-    """The milestone's targets for all rules together."""
-    free, whole = rows[0], rows[-1]
+def verdicts(free: Measured, whole: Measured) -> list[list[str]]:
+    """The milestone's targets for all rules together, with one number of agreements or the other."""
     own, name = "winner_completion_tokens", whole.row.name
     tokens = stats.paired_ratio(whole.values(own), free.values(own))
     loss = stats.paired_difference(free.values("right"), whole.values("right"))
@@ -105,7 +104,7 @@ def command(
     run = Run("trimr", model, told, (verifier,))
     found = anyio.run(bench, model, verifier, levels, load(level, count, asked.seed), asked, run.journal())
     lines = [cells(each, rows[0]) for rows in found for each in rows]
-    targets = [line for rows in found for line in verdicts(rows)]
+    targets = [line for rows in found for whole in rows[-2:] for line in verdicts(rows[0], whole)]
     run.publish([(HEADER, lines), (TARGETS, targets)], None, None if quick else out)
 
 
