@@ -5,7 +5,7 @@
             if n is a complete solution: return it
             for each of k continuations s of n by one step:
                 h(s) = 1 - reward(s),  g(s) = g(n) + c(n, s);  s becomes open
-    when a limit ends this: the complete solution with the least f, then the highest reward
+    when a limit ends this: the complete solution with the least f, then the highest reward; else what would come next
 
 The edge cost c is not in what we could read of the paper. "consistent", max(0, h(n) - h(s)), is the least cost with
 which h never overestimates a step, so that f grows along a path by exactly the rewards it loses, and the first solution
@@ -24,7 +24,7 @@ deepest node. It is 0 in the paper; with more nothing is promised of the first s
 from __future__ import annotations
 
 from collections.abc import Callable
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from typing import Literal
 
 from pydantic import Field
@@ -37,7 +37,7 @@ from thinkserve.strategies.tree_budget import TreeOptions, limits
 from thinkserve.strategies.tree_node import Node
 
 Edge = Literal["consistent", "increase"]
-# (rank: f and what is expected ahead, -depth, order of making, node)
+# (rank, -depth, order of making, node)
 Entry = tuple[float, int, int, Node]
 
 
@@ -84,21 +84,30 @@ async def run(task: Task, engine: Engine, emit: Emit, options: AStarOptions) -> 
     bounds = limits(task, engine, options, expansions=options.max_expansions, nodes=options.max_open)
     tree = Tree(task, engine, emit, bounds, options)
     root = await tree.start()
-    h, f, rank = {root: 0.0}, {root: 0.0}, {root: 0.0}
+    h, f = {root: 0.0}, {root: 0.0}
     heap: list[Entry] = [(0.0, 0, 0, root)]
+    deepest = 0
+
+    def rank(node: Node) -> float:
+        return f[node] - options.ahead * (deepest if node.terminal else node.depth)
+
     while heap and not tree.over:
         node = heappop(heap)[-1]
         if node.terminal:
             return await tree.answer(node, f"the first solution reached, f = {f[node]:.3f}")
-        for child in await tree.expand({node: options.k}) if node.open else ():
+        children = await tree.expand({node: options.k}) if node.open else []
+        if children and node.depth >= deepest:
+            deepest = node.depth + 1
+            # Against it solutions have gained.
+            heap = [(rank(each), -each.depth, number, each) for *_, number, each in heap]
+            heapify(heap)
+        for child in children:
             h[child] = 1.0 - tree.value(child)
             f[child] = f[node] + CHANGE[options.edge](h[child] - h[node])
-            done = max(each.depth for each in f) if child.terminal else child.depth
-            rank[child] = f[child] - options.ahead * done
-            heappush(heap, (rank[child], -child.depth, len(f), child))
+            heappush(heap, (rank(child), -child.depth, len(f), child))
         await _shrink(tree, heap)
-    best = min(tree.ends, key=lambda node: (not node.terminal, rank[node], h[node], -node.length))
-    return await tree.answer(best, f"the least f = {f[best]:.3f}", decided=tree.over is None)
+    best = min(tree.ends, key=lambda node: (not node.terminal, rank(node), h[node], -node.length))
+    return await tree.answer(best, f"the best of what is there, f = {f[best]:.3f}", decided=tree.over is None)
 
 
 async def _shrink(tree: Tree, heap: list[Entry]) -> None:

@@ -48,7 +48,8 @@ class Ending:
 class Thought:
     """The thinking of one chain, watched token by token; subclasses look at it in `take` and may call `end`.
 
-    While they set `holding`, there, the token at hand and those behind it are held back.
+    While they set `holding`, there, the token at hand and those behind it are held back. `whole`: the text before the
+    token at hand ended with a whole character.
     """
 
     def __init__(self, modified: Modified, job: Job, sentence: str | None) -> None:
@@ -69,7 +70,7 @@ class Thought:
 
     def _stand(self, text: Tokens) -> None:
         """Take up where the chain stands: behind this text."""
-        self._text, self.holding, self.held = list(text), False, 0
+        self._text, self.holding, self.held, self.whole = list(text), False, 0, True
         phase = self._modified.task.phase
         self._phases, self._sentences = Phases(self.info, phase), Sentences(self._modified)
         self._phases.push(text)
@@ -134,6 +135,7 @@ class Thought:
             self.inject(delta.tokens)
             return None
         for at, token in enumerate(delta.tokens):
+            self.whole = bool(self._sentences.text)
             ended = self._sentences.ended((token,)) or self.held > 0
             if ended and (ending := self._pending(delta, at)) and (splice := self._splice(ending, at, room)):
                 return splice
@@ -153,7 +155,8 @@ class Thought:
 
     def _pending(self, delta: Delta, keep: int) -> Ending | None:
         """The ending that may be carried out behind `keep` tokens; none if a closing tag would be dropped, or begun."""
-        return None if self._ending is None or self.info.think_close[0] in delta.tokens[keep:] else self._ending
+        dropped = (*self._text[len(self._text) - self.held :], *delta.tokens[keep:])
+        return None if self._ending is None or self.info.think_close[0] in dropped else self._ending
 
     def _now(self, ending: Ending) -> bool:
         return ending.at_once or self.length - self._decided >= self._longest_sentence

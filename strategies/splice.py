@@ -139,14 +139,16 @@ class _Chain(AroundChain):
         def begin(most: int) -> AbstractAsyncContextManager[Stream]:
             return self._inner.segment(most, until, controls)
 
-        async with AsyncExitStack() as stack:
-            spliced = _Spliced(self, stack, begin, await stack.enter_async_context(begin(max_tokens)), max_tokens)
-            try:
+        spliced: _Spliced | None = None
+        try:
+            async with AsyncExitStack() as stack:
+                stream = await stack.enter_async_context(begin(max_tokens))
+                spliced = _Spliced(self, stack, begin, stream, max_tokens)
                 yield spliced
-            finally:
-                # What nobody has read is no part of the chain.
-                if spliced.held.tokens:
-                    self.drop(len(spliced.held.tokens))
+        finally:
+            # What nobody has read is no part of the chain.
+            if spliced is not None and spliced.held.tokens:
+                self.drop(len(spliced.held.tokens))
 
 
 class _Spliced:

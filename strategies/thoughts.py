@@ -19,7 +19,7 @@ MARKERS = (
 class Segmenter:
     """Push text, get the thoughts that it completes; `patience` paragraphs without a marker are waited for.
 
-    `undecided`: a paragraph has just begun, and cannot yet be told from the beginning of another thought.
+    `begun`: the last push held a paragraph's first character; `undecided`: the paragraph may yet begin another thought.
     """
 
     def __init__(self, markers: Sequence[str] = MARKERS, patience: int = 24) -> None:
@@ -30,16 +30,18 @@ class Segmenter:
         self._past = 0
         self._thought: list[str] = []
         self._paragraph = ""
-        # Whether a paragraph has begun that may turn round; the first begins the first thought, whatever it says.
-        self.undecided = False
+        # The first paragraph begins the first thought, whatever it says.
+        self.begun = self.undecided = False
 
     def push(self, text: str) -> list[tuple[str, ...]]:
         """More of the thinking; the thoughts that have ended, each as its paragraphs."""
         ended: list[tuple[str, ...]] = []
+        self.begun = False
         for character in text:
             if character != "\n" and self._paragraph.endswith("\n\n"):
                 self._thought.append(self._paragraph.strip())
-                self._paragraph, self._past, self.undecided = "", self._past + 1, True
+                self._paragraph, self._past = "", self._past + 1
+                self.begun = self.undecided = True
             self._paragraph += character
             if self.undecided and (len(self._paragraph) > self._longest or character == "\n"):
                 self.undecided = False

@@ -172,7 +172,8 @@ class Tree:
         left = self.limits.tokens - self.spent.tokens
         if node.terminal or self.ended is not None or left <= 0:
             return node
-        start, room = node, answer_room(min(self.limits.path, left))
+        room = min(left, answer_room(min(self.limits.path, left)) + len(self.engine.info().think_close))
+        start = node
         while start.parent is not None and (not start.open or start.left < room):
             start = start.parent
         draft = self._draft(start)

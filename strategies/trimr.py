@@ -189,15 +189,16 @@ class _Watched(Thought):
         if ended:
             self._queue.extend(enumerate(ended, self._thoughts - len(ended) + 1))
             self._arrived.set()
-        self.holding = options.overthinking and self._holds(text)
+        self.holding = options.overthinking and not self._scope.cancel_called and self._holds(text)
 
     def _holds(self, text: str) -> bool:
         """Whether verdicts that are out may end the thinking before the paragraph at hand."""
-        out = self._thoughts - self._judged
-        if self._segments.undecided:
-            return self._agree + out + 1 >= self._options.agreements
+        if "\n" in text:
+            self.holding, self.held = False, 0
         # What is not held from its beginning on is not held at all.
-        return self.holding and out > 0 and "\n" not in text and self.held < self._hold
+        begins = self.holding or (self._segments.begun and self.whole)
+        out = self._thoughts - self._judged + self._segments.undecided
+        return begins and self._agree + out >= self._options.agreements and self.held < self._hold
 
     def end(self, ending: Ending) -> None:
         """With the decision, verification is over."""

@@ -135,13 +135,15 @@ def said(text: str) -> str:
     return text.replace("\n\n", "").replace("end", "")
 
 
-def test_a_solution_has_nothing_ahead() -> None:
-    """It is not passed over for a path that is longer and has lost much more."""
-    steps = {"": ("s\n\n", "l\n\n"), "s\n\n": ("end",)} | {"l\n\n" * n: ("l\n\n",) for n in range(1, 14)}
-    rewards = {"s": 0.92, "send": 0.84} | {"l" * n: 1 - 0.01 * n if n <= 10 else 0.4 for n in range(1, 15)}
-    world = World(steps | {"l\n\n" * 14: ("end",)}, lambda text: rewards.get(text.replace("\n\n", ""), 0.4))
+@pytest.mark.parametrize(("early", "late"), [(0.98, 0.84), (0.98, 0.90), (0.92, 0.84)])
+@pytest.mark.parametrize("limit", [{}, {"max_expansions": 13}])
+def test_a_solution_has_nothing_ahead(early: float, late: float, limit: dict[str, Any]) -> None:
+    """It is not passed over for a path that is longer and has lost much more, whichever was there first."""
+    steps = {"": ("s\n\n", "l\n\n"), "s\n\n": ("end",)} | {"l\n\n" * n: ("l\n\n",) for n in range(1, 10)}
+    rewards = {"s": early, "send": late} | {"l" * n: 1 - 0.04 * n for n in range(1, 11)}
+    world = World(steps | {"l\n\n" * 10: ("end",)}, lambda text: rewards.get(text.replace("\n\n", ""), 0.4))
 
-    answer, _ = search("a-star", world, k=2, ahead=0.05)
+    answer, _ = search("a-star", world, k=2, ahead=0.05, **limit)
 
     assert "s\n\nend" == text_of(world, answer)
 

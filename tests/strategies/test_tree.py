@@ -254,11 +254,12 @@ def test_the_last_step_is_written_to_the_end(name: str) -> None:
 
 
 @EVERY
-def test_without_a_complete_proposal_thinking_is_ended_in_time(name: str) -> None:
+@pytest.mark.parametrize("most", [None, 24])
+def test_without_a_complete_proposal_thinking_is_ended_in_time(name: str, most: int | None) -> None:
     """A model that thinks for ever is made to answer: the engine closes its thinking where there is room left."""
     world = World(lambda text: ("t\n\n" * 40 + "</think>4",), prompt="q<think>")
 
-    answer, out = search(name, world, world.task(64, phase="thinking"), **SMALL[name])
+    answer, out = search(name, world, world.task(64, phase="thinking", max_total_tokens=most), **SMALL[name])
 
     assert "no proposal was complete" in answer.reason
     assert "4" == world.decode(out.tokens_of("answer"))
@@ -319,7 +320,7 @@ async def test_a_slow_subtree_does_not_hold_up_the_others() -> None:
 
 
 def test_limits_follow_from_the_request() -> None:
-    """chains() chains of tokens, the ceiling if that is less; a quarter is kept for an answer, if there are several."""
+    """chains() chains of tokens, the ceiling if that is less; of several up to a quarter is kept to end one."""
 
     class Three(TreeOptions):
         def chains(self) -> int:

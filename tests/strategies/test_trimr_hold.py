@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import anyio
@@ -10,7 +11,7 @@ import pytest
 
 from tests.strategies.trimming import OFF, Watched, endings, thinking, thought, trim
 from thinkserve.strategies.engine import Job
-from thinkserve.strategies.testing import Recorder
+from thinkserve.strategies.testing import SCRIPTED, Recorder, ScriptedEngine
 from thinkserve.strategies.trimr import HOLD
 
 pytestmark = pytest.mark.anyio
@@ -78,10 +79,42 @@ async def test_the_reader_waits_no_longer_than_for_a_line_or_some_tokens(opening
     assert not any("\n" in each[:-1] for each in held)
 
 
-@pytest.mark.parametrize("options", [{"overthinking": False}, {"agreements": 64}])
-async def test_nothing_waits_where_no_verdict_can_end_the_thinking(options: dict[str, Any]) -> None:
-    """Every token is handed on as it comes."""
-    engine = Slow(thinking("11111") + "</think>1", 5, 20)
+@pytest.mark.parametrize(
+    ("options", "slow"), [({"overthinking": False}, 5), ({"agreements": 64}, 5), ({"agreements": 3}, 3)]
+)
+async def test_nothing_waits_where_no_verdict_can_end_the_thinking(options: dict[str, Any], slow: int) -> None:
+    """Every token is handed on as it comes: also while a verdict is out that would be one too few."""
+    engine = Slow(thinking("112") + "x" * 200 + "</think>1", slow, 60)
     _, out, _ = await trim(engine, **OFF | {"underthinking": True} | options)
 
     assert [] == together(out, engine)
+
+
+async def test_a_paragraph_that_is_no_look_waits_only_until_that_is_clear() -> None:
+    """The verdict on the second thought is out, and can bring no more than the second agreement of three wanted."""
+    engine = Slow(thinking("112") + "x" * 200 + "</think>1", 3, 90)
+    _, out, _ = await trim(engine, **OFF)
+
+    held = together(out, engine)
+    assert any(each.startswith("So the answer") for each in held)
+    assert all(len(each) <= 14 for each in held if not each.startswith("Wait"))
+
+
+async def test_no_character_is_cut_in_two() -> None:
+    """The first one of the look takes three tokens, of which the first two tell nothing."""
+    script = thinking("111").replace("Wait", "等等") + "等等, once more and once more.\n\n" + "</think>1"
+    engine = Slow(script, 5, 12)
+    _, out, _ = await trim(engine, markers=("等等",), ending="forced", sentence="", **OFF)
+
+    assert [("overthinking", "forced")] == endings(out)
+    assert "\ufffd" not in engine.decode(out.tokens)
+
+
+async def test_a_closing_tag_that_has_begun_is_not_dropped() -> None:
+    """Its first token among what is held back, too: the model is at its end by itself."""
+    close = ScriptedEngine([""]).encode("<!-- end -->")
+    engine = Slow(f"{thinking('111')}Wait. <!-- end -->1", 5, 10, info=replace(SCRIPTED, think_close=close))
+    _, out, _ = await trim(engine, **OFF)
+
+    assert [] == endings(out)
+    assert engine.decode(out.tokens).endswith("Wait. <!-- end -->1")
