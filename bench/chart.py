@@ -9,7 +9,9 @@ from math import ceil, floor, log10
 
 WIDTH, HEIGHT = 720, 440
 LEFT, RIGHT, TOP, BOTTOM = 64, 170, 16, 52
-COLOURS = ("#0b6e99", "#c2410c", "#4d7c0f", "#7e22ce", "#475569", "#a16207")
+COLOURS = (
+    "#0b6e99", "#c2410c", "#4d7c0f", "#7e22ce", "#475569", "#a16207", "#be123c", "#14b8a6", "#1e3a8a", "#f472b6",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
