@@ -10,6 +10,8 @@ from thinkserve.strategies.engine import Engine, Task
 from thinkserve.strategies.registry import Options
 from thinkserve.strategies.settle import FORCED_TOKENS
 
+SHORT_ANSWER = 32
+
 
 class TreeOptions(Options):
     """Parameters of every tree search."""
@@ -72,9 +74,9 @@ def limits(
     return Limits(tokens, reserve, path, options.step_tokens, options.max_depth, options.max_passes, expansions, nodes)
 
 
-def answer_room(path: int) -> int:
-    """Tokens that an answer gets whose thinking has to be ended: a quarter of the chain at most."""
-    return min(FORCED_TOKENS, path // 4)
+def answer_room(left: int) -> int:
+    """Tokens that an answer gets whose thinking has to be ended: a quarter, or what a short one takes."""
+    return min(FORCED_TOKENS, max(left // 4, min(left, SHORT_ANSWER)))
 
 
 @dataclass(slots=True)

@@ -8,7 +8,7 @@ from tests.strategies.worlds import SEARCHES, SMALL, World, search
 from thinkserve.strategies.engine import Job
 from thinkserve.strategies.testing import Recorder
 from thinkserve.strategies.tree import Tree
-from thinkserve.strategies.tree_budget import Limits
+from thinkserve.strategies.tree_budget import Limits, answer_room
 
 EVERY = pytest.mark.parametrize("name", SEARCHES)
 
@@ -54,3 +54,8 @@ def test_where_all_end_inside_their_thinking_an_answer_is_written_behind_the_las
 
     assert "a\n\n" == world.decode(out.tokens_of("thinking"))
     assert ("8", "stop") == (world.decode(out.tokens_of("answer")), answer.finish)
+
+
+def test_an_answer_gets_a_quarter_of_what_is_left_or_what_a_short_one_takes() -> None:
+    """But never more than there is."""
+    assert [0, 20, 32, 100, 1024] == [answer_room(left) for left in (0, 20, 100, 400, 8000)]
