@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import anyio
 import httpx
@@ -40,8 +40,15 @@ from bench.tasks import Problem, load
 BUDGETS = (4, 8, 16, 32)
 # How each method is told its number of chains; A*, whose cost is its own, gets a ceiling of tokens instead.
 CHOOSERS: Mapping[str, str] = {"best-of-n": "k", "weighted-vote": "k", "majority": "k"}
-A_STARS: Mapping[str, str] = {"a-star": "", "a-star-ahead": ""}
-SEARCHES: Mapping[str, str] = {**A_STARS, "rebase": "width", "particle": "n", "beam": "n", "dvts": "n"}
+AHEAD: Mapping[str, Any] = {"ahead": 0.05, "aggregate": "min"}
+A_STARS: Mapping[str, Mapping[str, Any]] = {"a-star": {}, "a-star-ahead": AHEAD}
+SEARCHES: Mapping[str, str] = {
+    **dict.fromkeys(A_STARS, ""),
+    "rebase": "width",
+    "particle": "n",
+    "beam": "n",
+    "dvts": "n",
+}
 METHODS: Mapping[str, str] = {**CHOOSERS, **SEARCHES}
 # The milestone's target: best-of-8's accuracy with this share of its tokens, and with fewer scorer passes.
 MOST_TOKENS = 1 / 3
@@ -49,7 +56,9 @@ HEADER = (
     "method", "chains", "accuracy", "tokens", "scorer passes", "scorer tokens", "from cache", "wall s", "stopped by",
 )  # fmt: skip
 MOST_EXPANSIONS = 4096
-AHEAD = {"ahead": 0.05, "aggregate": "min"}
+# What the others are compared with.
+BEST = "best-of-n@8"
+AGAINST = ("row", f"accuracy minus {BEST}", "tokens", "scorer passes", "scorer tokens")
 
 
 def row_of(method: str, chains: int, mean: float, max_tokens: int) -> Row:
@@ -60,7 +69,7 @@ def row_of(method: str, chains: int, mean: float, max_tokens: int) -> Row:
     total = round(chains * mean)
     # A search may spend k whole chains at most.
     k = max(2, round(math.sqrt(chains)), -(-total // max_tokens))
-    params = {"k": k, "max_expansions": MOST_EXPANSIONS} | (AHEAD if method == "a-star-ahead" else {})
+    params = {"k": k, "max_expansions": MOST_EXPANSIONS, **A_STARS[method]}
     return Row(f"{method}@{chains}", {"strategy": {"name": "a-star", "params": params, "max_total_tokens": total}})
 
 
@@ -110,19 +119,33 @@ def stops(each: Measured) -> str:
 def verdicts(done: Sequence[Measured], method: str) -> list[list[str]]:
     """Whether an A*, at the budget where it first is as accurate as best-of-8, spends as little as expected."""
     by_name = {each.row.name: each for each in done}
-    best, searches = by_name.get("best-of-n@8"), [each for each in done if each.row.name.startswith(f"{method}@")]
+    best, searches = by_name.get(BEST), [each for each in done if each.row.name.startswith(f"{method}@")]
     if best is None or not searches:
         return []
     reached = [each for each in searches if each.accuracy.value >= best.accuracy.value]
     one = min(reached or searches, key=lambda each: each.mean("total"))
     tokens = stats.paired_ratio(one.values("total"), best.values("total"))
     passes = stats.paired_ratio(one.values("prm_passes"), best.values("prm_passes"))
-    name = f"{one.row.name} against best-of-n@8"
+    name = f"{one.row.name} against {BEST}"
     return [
         [f"{name}: accuracy", f">= {best.accuracy.value:.3f}", f"{one.accuracy:.3f}", verdict(bool(reached))],
         [f"{name}: tokens", f"<= {MOST_TOKENS:.2f}", f"{tokens:.2f}", verdict(tokens.value <= MOST_TOKENS)],
         [f"{name}: scorer passes", "< 1", f"{passes:.2f}", verdict(passes.value < 1)],
     ]
+
+
+def against(done: Sequence[Measured]) -> list[list[str]]:
+    """Every other row problem by problem against best-of-8: what it gains, and what it costs as a ratio."""
+    best = next((each for each in done if each.row.name == BEST), None)
+    if best is None:
+        return []
+
+    def line(each: Measured) -> list[str]:
+        gain = stats.paired_difference(each.values("right"), best.values("right"))
+        costs = [stats.paired_ratio(each.values(n), best.values(n)) for n in ("total", "prm_passes", "prm_tokens")]
+        return [each.row.name, f"{gain:.3f}", *(f"{cost:.2f}" for cost in costs)]
+
+    return [line(each) for each in done if each is not best]
 
 
 def plot(done: Sequence[Measured]) -> str:
@@ -153,11 +176,8 @@ def command(
     run = Run("search", model, told, (reward,))
     done = anyio.run(bench, (model, reward), methods, budgets, load(level, count, asked.seed), asked, run.journal())
     rows = list(map(cells, done))
-    run.publish(
-        [(HEADER, rows), (TARGETS, [line for each in A_STARS for line in verdicts(done, each)])],
-        plot(done),
-        None if quick else out,
-    )
+    targets = [line for each in A_STARS for line in verdicts(done, each)]
+    run.publish([(HEADER, rows), (AGAINST, against(done)), (TARGETS, targets)], plot(done), None if quick else out)
 
 
 if __name__ == "__main__":

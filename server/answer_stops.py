@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 from thinkserve.strategies.around import Around, Open
 from thinkserve.strategies.engine import Delta, Engine, Job, Stream, Task, Tokens
-from thinkserve.strategies.streams import Through
+from thinkserve.strategies.streams import Through, parted
 from thinkserve.strategies.text import Phases
 
 
@@ -83,4 +84,4 @@ class _Stopping(Through):
         if size is None:
             return delta
         self._over = True
-        return Delta(delta.tokens[:size], delta.logprobs[:size], delta.top[:size], "stop", delta.stats[:size])
+        return replace(parted(delta, size)[0], finish="stop")

@@ -48,8 +48,7 @@ class Ending:
 class Thought:
     """The thinking of one chain, watched token by token; subclasses look at it in `take` and may call `end`.
 
-    While they set `holding`, there, the token at hand and those behind it are held back. `whole`: the text before the
-    token at hand ended with a whole character.
+    The last `held` tokens are held back. `whole`: the text before the token at hand ended with a whole character.
     """
 
     def __init__(self, modified: Modified, job: Job, sentence: str | None) -> None:
@@ -70,7 +69,7 @@ class Thought:
 
     def _stand(self, text: Tokens) -> None:
         """Take up where the chain stands: behind this text."""
-        self._text, self.holding, self.held, self.whole = list(text), False, 0, True
+        self._text, self.held, self.whole = list(text), 0, True
         phase = self._modified.task.phase
         self._phases, self._sentences = Phases(self.info, phase), Sentences(self._modified)
         self._phases.push(text)
@@ -88,8 +87,9 @@ class Thought:
         """Thinking tokens of this job, ours included."""
         return self._phases.length - self._start
 
-    def take(self, token: int, text: str) -> None:
-        """The next token of the thought and the text that it makes certain."""
+    def take(self, token: int, text: str) -> bool:
+        """The next token of the thought and the text that it makes certain; whether it is to be held back."""
+        return False
 
     def lead(self) -> str:
         """The words of a mild ending."""
@@ -102,7 +102,7 @@ class Thought:
 
     def close(self) -> None:
         """Thinking is over, for whatever reason: nothing is looked at any more."""
-        self.over, self.holding, self.held = True, False, 0
+        self.over, self.held = True, 0
 
     def tell(self, event: Event) -> None:
         """Something for those who watch."""
@@ -115,7 +115,8 @@ class Thought:
 
     def inject(self, tokens: Tokens) -> None:
         """Tokens that there is nothing to decide about: they count as text and are not looked at."""
-        self._text, self.holding, self.held = [*self._text, *tokens], False, 0
+        self._text += tokens
+        self.held = 0
         self._phases.push(tokens)
         self._sentences.ended(tokens)
         self._tail = (self._tail + self._sentences.text)[-2:]
@@ -146,8 +147,7 @@ class Thought:
                 self.close()
                 return None
             if self._phases.phase == "thinking":
-                self.take(token, self._sentences.text)
-            self.held = self.held + 1 if self.holding else 0
+                self.held = self.held + 1 if self.take(token, self._sentences.text) else 0
             ending = self._pending(delta, at + 1)
             if ending and self._now(ending) and (splice := self._splice(ending, at + 1, room)):
                 return splice
@@ -155,8 +155,10 @@ class Thought:
 
     def _pending(self, delta: Delta, keep: int) -> Ending | None:
         """The ending that may be carried out behind `keep` tokens; none if a closing tag would be dropped, or begun."""
+        if self._ending is None:
+            return None
         dropped = (*self._text[len(self._text) - self.held :], *delta.tokens[keep:])
-        return None if self._ending is None or self.info.think_close[0] in dropped else self._ending
+        return None if self.info.think_close[0] in dropped else self._ending
 
     def _now(self, ending: Ending) -> bool:
         return ending.at_once or self.length - self._decided >= self._longest_sentence

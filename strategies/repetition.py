@@ -132,6 +132,7 @@ class _Guarded(Thought):
         for token in self.before[-self._repetition.reach :]:
             self._repetition.push(token)
 
-    def take(self, token: int, text: str) -> None:
+    def take(self, token: int, text: str) -> bool:
         if self._repetition.push(token):
             self.end(Ending("repetition", at_once=True))
+        return False

@@ -36,7 +36,7 @@ from thinkserve.strategies.registry import Options, Supports, strategy
 from thinkserve.strategies.scale import FULL_CONTEXT, scaled
 from thinkserve.strategies.seeds import successor
 from thinkserve.strategies.single import STOPPED_BY
-from thinkserve.strategies.streams import growing, whole
+from thinkserve.strategies.streams import growing, parted, whole
 from thinkserve.strategies.text import before
 
 BLANK = "\n\n"
@@ -205,8 +205,7 @@ class _Chain:
         while size < len(peek.tokens) and (closed or BLANK not in text):
             text += decoder.push(peek.tokens[size : size + 1])
             size += 1
-        finish = peek.finish if size == len(peek.tokens) else None
-        await self._keep(Delta(peek.tokens[:size], peek.logprobs[:size], peek.top[:size], finish), "target")
+        await self._keep(parted(peek, size)[0], "target")
         return BLANK in text
 
     async def _keep(self, draft: Delta, by: Role) -> None:

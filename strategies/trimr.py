@@ -171,7 +171,7 @@ class _Watched(Thought):
         """The words that make the model conclude."""
         return self._options.lead
 
-    def take(self, token: int, text: str) -> None:
+    def take(self, token: int, text: str) -> bool:
         """The rules that need no verifier; and what there is to verify."""
         if self._error is not None:
             raise self._error
@@ -180,7 +180,7 @@ class _Watched(Thought):
         if self.decided or self.began is not None:
             if self.length - (self.began or self.length) >= self._mild_room:
                 self.end(Ending("overthinking"))
-            return
+            return self.held > 0
         if options.repetition and self._repetition.push(token):
             self.end(Ending("repetition", at_once=True))
         late = self.length >= self._most, self._thoughts >= options.thoughts
@@ -189,16 +189,16 @@ class _Watched(Thought):
         if ended:
             self._queue.extend(enumerate(ended, self._thoughts - len(ended) + 1))
             self._arrived.set()
-        self.holding = options.overthinking and not self._scope.cancel_called and self._holds(text)
+        return options.overthinking and not self._scope.cancel_called and self._holds(text)
 
     def _holds(self, text: str) -> bool:
         """Whether verdicts that are out may end the thinking before the paragraph at hand."""
         if "\n" in text:
-            self.holding, self.held = False, 0
+            self.held = 0
         # What is not held from its beginning on is not held at all.
-        begins = self.holding or (self._segments.begun and self.whole)
+        from_there = self.held > 0 or (self._segments.begun and self.whole)
         out = self._thoughts - self._judged + self._segments.undecided
-        return begins and self._agree + out >= self._options.agreements and self.held < self._hold
+        return from_there and self._agree + out >= self._options.agreements and self.held < self._hold
 
     def end(self, ending: Ending) -> None:
         """With the decision, verification is over."""

@@ -93,6 +93,17 @@ def test_a_star_is_judged_where_it_first_is_as_accurate_as_best_of_8() -> None:
     assert [] == search.verdicts([best, good], "a-star-ahead")
 
 
+def test_searches_are_compared_with_best_of_8_problem_by_problem() -> None:
+    """One answer of three less, at a third of the tokens; best-of-8 itself is not in the table, nor one without it."""
+    best = measured("best-of-n@8", [True, True, False], 900, {"prm_passes": 8, "prm_tokens": 1000})
+    cheap = measured("a-star@4", [True, False, False], 300, {"prm_passes": 16, "prm_tokens": 250})
+
+    (line,) = search.against([best, cheap])
+    assert ["a-star@4", "-0.333", "0.33", "2.00", "0.25"] == [line[0], *(cell.split(" ")[0] for cell in line[1:])]
+    assert len(search.AGAINST) == len(line)
+    assert [] == search.against([cheap])
+
+
 def test_both_models_are_judged_by_what_they_recover() -> None:
     """0.25 to 0.75 is the difference; 0.5 is half of it."""
     usage = {"winner_completion_tokens": 100, "draft_tokens": 20}
