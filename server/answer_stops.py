@@ -17,12 +17,11 @@ from thinkserve.strategies.text import Phases
 
 
 class AnswerStops(Around):
-    """Ends streams of the target model with "stop" once their answer contains one of `stop`."""
+    """Ends streams of the target model with "stop" once their answer contains one of the task's strings."""
 
-    def __init__(self, inner: Engine, task: Task, stop: tuple[str, ...]) -> None:
+    def __init__(self, inner: Engine, task: Task) -> None:
         super().__init__(inner)
         self._task = task
-        self._stop = stop
 
     @asynccontextmanager
     async def watch(self, open: Open, job: Job) -> AsyncIterator[Stream]:
@@ -31,7 +30,7 @@ class AnswerStops(Around):
             yield _Stopping(stream, self._matcher(job)) if job.role == "target" else stream
 
     def _matcher(self, job: Job) -> Matcher:
-        matcher = Matcher(self._inner, self._task, self._stop)
+        matcher = Matcher(self._inner, self._task)
         known = len(self._task.prompt)
         if job.prompt[:known] == self._task.prompt:
             # What a chain has written so far is part of its answer.
@@ -42,11 +41,11 @@ class AnswerStops(Around):
 class Matcher:
     """Follows one chain from the prompt on."""
 
-    def __init__(self, engine: Engine, task: Task, stop: tuple[str, ...]) -> None:
+    def __init__(self, engine: Engine, task: Task) -> None:
         self._phases = Phases(engine.info(), task.phase)
         self._detokenizer = engine.detokenizer()
-        self._stop = stop
-        self._keep = max(map(len, stop)) - 1
+        self._stop = task.stop
+        self._keep = max(map(len, task.stop)) - 1
         self._tail = ""
         self._held: list[int] = []
 

@@ -104,7 +104,7 @@ class Backend(ServedModel, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One admitted request. `stop` strings act on the answer phase only; `timeout_s` bounds the whole request.
+    """One admitted request. `timeout_s` bounds the whole of it.
 
     `controls` go on every job of the target model, beside those that the strategy sets itself; `over` are the modifiers
     that lie below it. `asked`: the request names its strategy, in whatever place.
@@ -115,7 +115,6 @@ class Plan:
     task: Task
     strategy: Strategy
     options: Options
-    stop: tuple[str, ...] = ()
     timeout_s: float | None = None
     stream_mode: StreamMode = "winner"
     preset: str | None = None

@@ -96,7 +96,7 @@ class Execution:
         self.texts = engine
         steered = ControlledEngine(engine, plan.controls) if plan.controls else engine
         self._limits = LimitedEngine(steered, plan.task.max_total_tokens, plan.timeout_s)
-        stopping = AnswerStops(self._limits, plan.task, plan.stop) if plan.stop else self._limits
+        stopping = AnswerStops(self._limits, plan.task) if plan.task.stop else self._limits
         self.meter = MeteredEngine(stopping, metrics)
         self._scope = CancelScope()
         self._cause: ApiError | None = None

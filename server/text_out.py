@@ -52,7 +52,7 @@ class TextOut:
         self._tags = [tag for tag in (info.think_open, info.think_close) if tag]
         self._widest = max((len(tag) for tag in self._tags), default=1)
         self._eos = frozenset(info.eos)
-        self._stop = plan.stop
+        self._stop = plan.task.stop
         self._show = plan.include_reasoning
         self._want_logprobs = plan.task.logprobs is not None
         self._phase: Phase | None = None

@@ -88,6 +88,7 @@ async def to_plan(chat: ChatRequest, headers: Headers, serving: Serving, request
         logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
         question=question(chat),
         interval=to_interval(chat, choice, max_tokens, ceiling),
+        stop=chat.stops,
     )
     return Plan(
         request_id=request_id,
@@ -95,7 +96,6 @@ async def to_plan(chat: ChatRequest, headers: Headers, serving: Serving, request
         task=task,
         strategy=choice.strategy,
         options=choice.options,
-        stop=chat.stops,
         timeout_s=to_timeout(chat, headers, settings, warnings),
         stream_mode=mode if chat.stream else "winner",
         preset=choice.preset,

@@ -60,4 +60,5 @@ async def run(task: Task, engine: Engine, emit: Emit, options: BeamOptions) -> A
             if node not in kept:
                 await tree.prune(node, "beam")
         beams = list(islice(cycle(kept), options.n - len(slots(leaves)) if kept else 0))
-    return await conclude(tree, slots(leaves), beams, options.select)
+    leaves = slots(leaves)
+    return await conclude(tree, leaves, beams, options.select, decided=len(leaves) >= options.n)

@@ -18,10 +18,11 @@ from thinkserve.strategies.chains import Lane, Race
 from thinkserve.strategies.engine import Answer, Emit, Engine, Event, Path, Task
 from thinkserve.strategies.errors import LOST
 from thinkserve.strategies.registry import LED, Supports, strategy
-from thinkserve.strategies.rewards import RewardOptions, aggregated, cleaned, solution_steps
+from thinkserve.strategies.rewards import UNREAD, RewardOptions, aggregated, cleaned, solution_steps, unread
 from thinkserve.strategies.settle import Choice, by_vote, settle
 
 UNSCORED = "time was over before the chains could be scored; they voted"
+NOTHING_READ = "the reward model could not rate the chains (too long for it, or no number); they voted"
 
 
 class BestOfNOptions(RewardOptions):
@@ -73,6 +74,10 @@ async def rewarded(race: Race, lanes: Sequence[Lane], options: RewardOptions) ->
         race.warnings.append(options.lose(error))
         return None
     values = [aggregated(cleaned(score.rewards), options.aggregate) for score in scores]
+    if any(unread(score.rewards) for score in scores):
+        race.warnings.append(UNREAD if any(values) else NOTHING_READ)
+        if not any(values):
+            return None
     known = {lane.index: value for lane, value in zip(lanes, values, strict=True)}
     for lane in lanes:
         await race.emit(Event("node.scored", lane.index, {"node": lane.index, "reward": round(known[lane.index], 4)}))

@@ -24,7 +24,7 @@ from pydantic import Field
 from thinkserve.strategies.engine import Answer, Emit, Engine, Task
 from thinkserve.strategies.registry import Supports, strategy
 from thinkserve.strategies.rewards import RewardOptions, mean
-from thinkserve.strategies.tree import Tree
+from thinkserve.strategies.tree import REWARDS, Tree
 from thinkserve.strategies.tree_budget import TreeOptions, limits
 from thinkserve.strategies.tree_choice import conclude
 from thinkserve.strategies.tree_node import Node, slots
@@ -64,16 +64,18 @@ async def run(task: Task, engine: Engine, emit: Emit, options: MctsOptions) -> A
     tree = Tree(task, engine, emit, bounds, options)
     search = Search(tree, options)
     here = await tree.start()
+    cut = False
     while not here.terminal and not tree.over:
         for _ in range(options.simulations):
             # A leaf that could not be expanded any more says nothing.
-            if not tree.over:
+            cut = cut or tree.over is not None
+            if not cut:
                 await search.simulate(here)
         step = search.most_visited(here)
         if step is None:
             break
         here = step
-    if here.terminal:
+    if here.terminal and not cut and tree.over != REWARDS:
         return await tree.answer(here, f"committed to step by step, reward {tree.value(here):.3f}")
     return await conclude(tree, [node for node in tree.nodes if node.terminal], [here], "best")
 

@@ -98,7 +98,15 @@ async def run(task: Task, engine: Engine, emit: Emit, options: ParticleOptions) 
     weighed = particles if any(node.terminal for node in particles) else tree.solutions or particles
     weight = dict(zip(weighed, normalised([potential(node) for node in weighed]), strict=True))
     leaves = [node for node in weighed if node.terminal]
-    return await conclude(tree, leaves, particles, options.select, weight=lambda node: weight.get(node, 0.0))
+    return await conclude(
+        tree,
+        leaves,
+        particles,
+        options.select,
+        # A round that failed as a whole leaves no particles; then all ends are compared.
+        weight=lambda node: weight.get(node, exp(potential(node))),
+        decided=len(leaves) >= options.n,
+    )
 
 
 async def _resampled(tree: Tree, particles: Sequence[Node], counts: Sequence[int]) -> list[Node]:

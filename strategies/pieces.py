@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import nan
 
-from thinkserve.strategies.engine import Delta, Emit, ModelInfo, Phase, Piece, Tokens, TokenStats
+from thinkserve.strategies.engine import Delta, Emit, Engine, ModelInfo, Phase, Piece, Task, Tokens, TokenStats
 from thinkserve.strategies.text import Phases
 
 
@@ -60,6 +60,11 @@ async def write(delta: Delta, transcript: Transcript, emit: Emit) -> None:
     transcript.push(delta)
     for piece in transcript.take():
         await emit(piece)
+
+
+def stopped(transcript: Transcript, task: Task, engine: Engine) -> bool:
+    """Whether the answer holds a stop string of the caller's, so that nothing follows."""
+    return bool(task.stop) and any(map(engine.decode(transcript.answer).__contains__, task.stop))
 
 
 UNKNOWN = TokenStats(nan, nan, nan, nan)

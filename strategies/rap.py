@@ -26,7 +26,7 @@ from pydantic import Field
 
 from thinkserve.strategies.around import Around, Open
 from thinkserve.strategies.engine import Answer, Delta, Emit, Engine, Event, Job, Stream, Task
-from thinkserve.strategies.errors import LOST, EngineDead
+from thinkserve.strategies.errors import LOST, EngineDead, TooLong
 from thinkserve.strategies.registry import Supports, strategy
 from thinkserve.strategies.rewards import mean
 from thinkserve.strategies.streams import Through
@@ -40,6 +40,7 @@ from thinkserve.strategies.verifier import Verifier, filled
 
 ASK = "Question: {question}\nWork so far:\n{work}\nNext step:\n{step}\nIs the next step useful? Answer Yes or No."
 UNDECIDED = 0.5
+TOO_LONG = "it does not fit the verifier's context"
 
 
 class RapOptions(TreeOptions):
@@ -125,7 +126,7 @@ class Plan:
         return mean([self.rewards.get(each, 0.0) for each in node.line[1:]])
 
     async def _expand(self, node: Node) -> Sequence[Node]:
-        steps = await self._tree.propose({node: self._options.samples})
+        steps = [step for step in await self._tree.propose({node: self._options.samples}) if not step.dead]
         confidence = agreement(steps)
         for step in steps:
             if step not in confidence:
@@ -153,16 +154,13 @@ class Plan:
         except LOST as error:
             if self._options.on_verifier_error == "fail" and tree.ended is None:
                 raise
-            tree.warn(f"a step was not judged: {error}")
+            tree.warn(f"a step was not judged: {TOO_LONG if isinstance(error, TooLong) else error}")
             return UNDECIDED
-        tree.spent.passes += 1
-        # The verifier's one word is on the request's bill.
-        tree.spent.tokens += 1
         return UNDECIDED if isnan(odds) else chance(odds)
 
 
 class _Asked(Around):
-    """What the verifier is asked through: a question that the end of the request cuts off ends the search."""
+    """What the verifier is asked through: what it writes is counted, and a question cut off ends the search."""
 
     def __init__(self, tree: Tree) -> None:
         super().__init__(tree.engine)
@@ -172,6 +170,9 @@ class _Asked(Around):
     async def watch(self, open: Open, job: Job) -> AsyncIterator[Stream]:
         async with open(job) as stream:
             yield _Heard(stream, self._tree)
+        # The verifier's one word is on the request's bill; none is written once the request has ended.
+        self._tree.spent.passes += stream.generated > 0
+        self._tree.spent.tokens += stream.generated
 
 
 class _Heard(Through):

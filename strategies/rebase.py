@@ -71,7 +71,8 @@ async def run(task: Task, engine: Engine, emit: Emit, options: RebaseOptions) ->
         for step in [step for step, share in proposals.items() if not share]:
             del proposals[step]
             await tree.prune(step, "no share")
-    return await conclude(tree, slots(leaves), list(proposals), options.select)
+    leaves = slots(leaves)
+    return await conclude(tree, leaves, list(proposals), options.select, decided=len(leaves) >= options.width)
 
 
 def allocate(rewards: Sequence[float], budget: int, balance: float) -> list[int]:

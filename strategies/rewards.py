@@ -19,6 +19,8 @@ from thinkserve.strategies.text import steps
 # last: for models of the reward to go. min: a chain is as good as its weakest step. prod: all of its steps are right.
 Aggregate = Literal["last", "min", "prod", "mean"]
 
+UNREAD = "the reward model could not rate some steps (too long for it, or no number); they count as the worst"
+
 
 class RewardOptions(Options):
     """Parameters of every strategy that reads rewards."""
@@ -56,7 +58,12 @@ def mean(values: Sequence[float]) -> float:
 
 def cleaned(rewards: Iterable[float]) -> tuple[float, ...]:
     """The rewards, failures as 0 (a comparison with NaN is false)."""
-    return tuple(reward if 0.0 <= reward <= 1.0 else 0.0 for reward in rewards)
+    return tuple(0.0 if unread((reward,)) else reward for reward in rewards)
+
+
+def unread(rewards: Iterable[float]) -> bool:
+    """Whether there are failures among the rewards."""
+    return not all(0.0 <= reward <= 1.0 for reward in rewards)
 
 
 def solution_steps(text: str) -> tuple[str, ...]:

@@ -14,7 +14,10 @@ from thinkserve.strategies.text import answer_of
 from thinkserve.strategies.voting import Ballot, Verdict, vote
 
 FORCED_TOKENS = 1024
+# What a short answer takes.
+SHORT_ANSWER = 32
 FORCED = "no chain finished thinking within its tokens; an answer was forced from the longest"
+UNFORCED = "no chain finished thinking within its tokens, and the request ended before an answer could be forced"
 _CUT: frozenset[Finish | None] = frozenset({"ceiling", "deadline"})
 
 
@@ -94,6 +97,7 @@ async def _force(race: Race, lane: Lane, room: int) -> Answer:
     close = injected(info.think_close, race.task.logprobs)
     for piece in [*kept, Piece("thinking", close.tokens, close.logprobs, close.top)]:
         await race.emit(piece)
+    closed = len(tokens)
     finish: Finish = "stop"
     job = continued(lane.job, tokens, max_tokens=room, thinking_budget=None)
     async with race.engine.generate(job) as stream:
@@ -102,16 +106,22 @@ async def _force(race: Race, lane: Lane, room: int) -> Answer:
             finish = delta.finish or finish
             if delta.tokens:
                 await race.emit(Piece("answer", delta.tokens, delta.logprobs, delta.top))
-    stopped_by = STOPPED_BY.get(finish, "length")
-    return Answer(tokens, finish, lane.index, stopped_by, FORCED, {}, (*race.warnings, FORCED))
+    stopped_by, said = STOPPED_BY.get(finish, "length"), FORCED if len(tokens) > closed else UNFORCED
+    return Answer(tokens, finish, lane.index, stopped_by, said, {}, (*race.warnings, said))
 
 
 def _room(race: Race) -> int:
-    """Tokens for a forced answer: a quarter of the limit at most; 0 when forcing is not possible or of no use."""
+    """Tokens for a forced answer: a quarter of the limit at most, within what the request may still write.
+
+    0 when forcing is not possible or of no use.
+    """
     lane, info = _longest(race), race.engine.info()
     if lane.live or not lane.thinking or any(each.finish in _CUT for each in race.left()):
         return 0
-    room = min(FORCED_TOKENS, _limit(race) // 4)
+    room, most = min(FORCED_TOKENS, _limit(race) // 4), race.task.max_total_tokens
+    if most is not None:
+        left = most - sum(len(each.transcript.tokens) for each in race.lanes)
+        room = 0 if left < min(room, SHORT_ANSWER) else min(room, left)
     return room if room + len(info.think_close) <= _limit(race) else 0
 
 

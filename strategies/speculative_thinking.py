@@ -30,7 +30,7 @@ from pydantic import Field
 from thinkserve.strategies.chain import continued
 from thinkserve.strategies.engine import Answer, Delta, Emit, Engine, Event, Finish, Job, Role, Task, Tokens
 from thinkserve.strategies.errors import LOST, Lost, leading
-from thinkserve.strategies.pieces import Transcript, injected, write
+from thinkserve.strategies.pieces import Transcript, injected, stopped, write
 from thinkserve.strategies.reflection import CERTAINTY, DOUBT, VERIFICATION, Label, Lists, hits, label
 from thinkserve.strategies.registry import Options, Supports, strategy
 from thinkserve.strategies.scale import FULL_CONTEXT, scaled
@@ -241,7 +241,8 @@ class _Chain:
                 finish = delta.finish or finish
                 await self._commit(delta, job.role)
         written = tuple(self.transcript.tokens[start:])
-        paused = bool(job.stop) and BLANK in self._engine.decode(written) and written[-1] not in self._info.eos
+        blank = bool(job.stop) and BLANK in self._engine.decode(written)
+        paused = blank and written[-1] not in self._info.eos and not stopped(self.transcript, self._task, self._engine)
         self._end(finish, paused=paused, short=job.role == "target" and len(written) < job.max_tokens)
         return written
 

@@ -18,7 +18,7 @@ from itertools import count
 from thinkserve.strategies.engine import Answer, Delta, Emit, Engine, Event, Finish, Path, StoppedBy, Task
 from thinkserve.strategies.errors import LOST
 from thinkserve.strategies.pieces import Transcript
-from thinkserve.strategies.rewards import RewardOptions, aggregated, cleaned, solution_steps
+from thinkserve.strategies.rewards import UNREAD, RewardOptions, aggregated, cleaned, solution_steps, unread
 from thinkserve.strategies.seeds import successor
 from thinkserve.strategies.single import STOPPED_BY
 from thinkserve.strategies.together import together
@@ -71,9 +71,10 @@ class Tree:
 
     @property
     def ends(self) -> list[Node]:
-        """Nodes behind which nothing has been written, though it may have been tried."""
+        """Nodes behind which nothing has been written, though it may have been tried; dead ends for want of others."""
         inner = {node.parent for node in self.nodes}
-        return [node for node in self.nodes if node not in inner]
+        ends = [node for node in self.nodes if node not in inner]
+        return [node for node in ends if not node.dead] or ends
 
     @property
     def solutions(self) -> list[Node]:
@@ -160,6 +161,8 @@ class Tree:
             self._refused = REWARDS
             return
         self.spent.passes += len(wanted)
+        if any(unread(score.rewards) for score in scores):
+            self.warn(UNREAD)
         for node, score in zip(wanted, scores, strict=True):
             node.rewards += cleaned(score.rewards)
             await self.emit(Event("node.scored", None, {"node": node.id, "reward": round(self.value(node), 4)}))

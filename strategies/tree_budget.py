@@ -8,9 +8,7 @@ from pydantic import Field
 
 from thinkserve.strategies.engine import Engine, Task
 from thinkserve.strategies.registry import Options
-from thinkserve.strategies.settle import FORCED_TOKENS
-
-SHORT_ANSWER = 32
+from thinkserve.strategies.settle import FORCED_TOKENS, SHORT_ANSWER
 
 
 class TreeOptions(Options):

@@ -22,13 +22,15 @@ async def conclude(
     select: Select,
     *,
     weight: Callable[[Node], float] | None = None,
+    decided: bool = False,
 ) -> Answer:
     """Let complete solutions decide by their weights (left out: rewards); without any, finish the best of `frontier`.
 
     A solution that was written twice may be in `leaves` twice. An empty `frontier` stands for all ends of the tree.
+    `decided`: the search was through when it reached its limit, if it has reached one.
     """
     weigh = weight or tree.value
-    decided = tree.over is None
+    decided = decided or tree.over is None
     if not leaves:
         node = max(frontier or tree.ends, key=lambda node: (weigh(node), node.length))
         return await tree.answer(node, "the best of what is there", decided=decided)

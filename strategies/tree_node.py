@@ -44,6 +44,11 @@ class Node:
         return not self.terminal and self.left > 0 and self.finish in {"stop", "length"}
 
     @property
+    def dead(self) -> bool:
+        """Whether it came to its end inside its thinking."""
+        return not self.terminal and self.left == 0 and self.finish == "stop"
+
+    @property
     def text(self) -> str:
         """Its own text."""
         return "".join(self.steps)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from thinkserve.strategies.engine import Delta, Engine, Finish, Job, Task, Tokens
 from thinkserve.strategies.errors import EngineDead, EngineFailed
+from thinkserve.strategies.pieces import Transcript, stopped
 from thinkserve.strategies.seeds import successor
 from thinkserve.strategies.text import Phases
 from thinkserve.strategies.tree_node import Node
@@ -76,8 +77,9 @@ class Writer:
 
     async def write(self, draft: Draft, before: Tokens, allowance: Allowance) -> None:
         """Write the draft behind `before`, the tokens of its parent's path. A failure is noted, EngineDead raised."""
-        phases = Phases(self._info, self._task.phase)
-        phases.push(before)
+        chain = Transcript(self._info, self._task.phase)
+        chain.push(Delta(before))
+        phases = chain.phases
         closed, step = phases.closed, allowance.step
         most = min(allowance.total, draft.parent.left)
         try:
@@ -87,9 +89,9 @@ class Writer:
                     break
                 job = self._job(draft, number, before, room, step)
                 text = await self._read(
-                    draft, replace(job, thinking_budget=self._thinking(phases, allowance, room)), phases
+                    draft, replace(job, thinking_budget=self._thinking(phases, allowance, room)), chain
                 )
-                if self._ended(draft, text, step, phases) or draft.finish not in GOES_ON:
+                if self._ended(draft, text, step, chain) or draft.finish not in GOES_ON:
                     break
                 if phases.closed and not closed:
                     step = None
@@ -119,27 +121,29 @@ class Writer:
             return None
         budget = self._task.thinking_budget
         left = None if budget is None else max(0, budget - phases.length)
-        if allowance.room is None or phases.phase != "thinking":
+        undecided = self._task.phase is None and not phases.opened
+        if allowance.room is None or not (phases.phase == "thinking" or undecided):
             return left
         return min(room if left is None else left, max(0, room - allowance.room))
 
-    async def _read(self, draft: Draft, job: Job, phases: Phases) -> str:
+    async def _read(self, draft: Draft, job: Job, chain: Transcript) -> str:
         """Run a job to its end; what it wrote as text."""
         start, stream = len(draft.tokens), None
         try:
             async with self._engine.generate(job) as stream:
                 async for delta in stream:
                     draft.take(delta)
-                    phases.push(delta.tokens)
+                    chain.push(Delta(delta.tokens))
         finally:
             # The count is final only here, after the block.
             draft.generated += 0 if stream is None else stream.generated
         return self._engine.decode(draft.tokens[start:])
 
-    def _ended(self, draft: Draft, text: str, step: int | None, phases: Phases) -> bool:
+    def _ended(self, draft: Draft, text: str, step: int | None, chain: Transcript) -> bool:
         """Whether nothing follows: by the end token or a stop string of the caller's, not by a blank line."""
         last = bool(draft.tokens) and draft.tokens[-1] in self._info.eos
+        last = last or stopped(chain, self._task, self._engine)
         ended = draft.finish == "stop" and (last or step is None or STEP not in text)
-        draft.dead = ended and phases.phase == "thinking"
+        draft.dead = ended and chain.phases.phase == "thinking"
         draft.terminal = ended and not draft.dead
         return ended

@@ -276,7 +276,7 @@ async def test_a_race_at_its_deadline_decides_with_what_it_has(name: str) -> Non
 async def test_a_stop_string_ends_the_answer_and_no_thought(burst: int) -> None:
     """The same string may be thought; the stream ends with the token that completes it, however tokens arrive."""
     engine = ScriptedEngine(["say END</think>it is 4 END of it"], burst=burst)
-    stops = AnswerStops(engine, Task(prompt=JOB.prompt, max_tokens=100), ("END", "never"))
+    stops = AnswerStops(engine, Task(prompt=JOB.prompt, max_tokens=100, stop=("END", "never")))
     async with stops.generate(JOB) as stream:
         tokens = [token async for delta in stream for token in delta.tokens]
     assert engine.decode(tokens) == "say ENDit is 4 END"
@@ -286,7 +286,7 @@ async def test_a_stop_string_ends_the_answer_and_no_thought(burst: int) -> None:
 async def test_a_stop_string_may_begin_in_one_segment_and_end_in_the_next() -> None:
     """A chain's answer is one text."""
     engine = ScriptedEngine(["xSTOPy"])
-    stops = AnswerStops(engine, Task(prompt=JOB.prompt, max_tokens=100, phase="answer"), ("STOP",))
+    stops = AnswerStops(engine, Task(prompt=JOB.prompt, max_tokens=100, phase="answer", stop=("STOP",)))
     finishes: list[Finish | None] = []
     async with stops.chain(JOB) as chain:
         for _ in range(2):

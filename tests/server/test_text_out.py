@@ -24,8 +24,8 @@ SPELLED_TAGS = replace(
 
 def plan(stop: tuple[str, ...] = (), *, logprobs: int | None = None, include_reasoning: bool = True) -> Plan:
     single = registry.get("single")
-    task = Task(prompt=(5,), max_tokens=100, logprobs=logprobs)
-    return Plan("req_1", "m", task, single, single.options(), stop=stop, include_reasoning=include_reasoning)
+    task = Task(prompt=(5,), max_tokens=100, logprobs=logprobs, stop=stop)
+    return Plan("req_1", "m", task, single, single.options(), include_reasoning=include_reasoning)
 
 
 def pieces(engine: ScriptedEngine, thoughts: str, answer: str, cuts: Sequence[int] = ()) -> list[Piece]:

@@ -234,3 +234,15 @@ def test_parameters_out_of_range_are_refused(bad: Mapping[str, object]) -> None:
     """Before anything runs."""
     with pytest.raises(ValidationError):
         AStarOptions.model_validate(bad)
+
+
+def test_a_dead_end_is_not_gone_back_to_at_a_limit() -> None:
+    """It was passed over long ago, and what was written since is worth more than what lies before it."""
+    steps = {"": ("so 7.", "a\n\n"), "a\n\n": ("b\n\n", "c\n\n"), "a\n\nb\n\n": ("d\n\n",)}
+    rewards = {"so 7.": 0.95, "a\n\n": 0.8, "a\n\nb\n\n": 0.8}
+    world = World(steps, lambda text: rewards.get(text, 0.3), prompt="q<think>")
+
+    answer, _ = search("a-star", world, world.task(phase="thinking"), k=2, max_expansions=2)
+
+    assert text_of(world, answer).startswith("a\n\nb\n\n")
+    assert "stopped by its limit of expansions" in answer.reason

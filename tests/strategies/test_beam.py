@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -111,3 +113,19 @@ def test_slots_of_dead_ends_are_taken_by_others() -> None:
 
     assert {"": 4, "a\n\n": 4} == dict(world.visits)
     assert {"0": 1, "1": 1, "2": 1, "3": 1} == dict(answer.votes)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("beam", {"n": 2, "m": 1}), ("rebase", {"width": 2}), ("particle", {"n": 2})]
+)
+@pytest.mark.parametrize(("passes", "stopped_by"), [(2, "all_done"), (1, "budget")])
+def test_a_search_that_is_through_was_not_stopped(
+    name: str, options: dict[str, Any], passes: int, stopped_by: str
+) -> None:
+    """Though its last pass was the last that it might have: all solutions are there."""
+    world = World({"": ("1", "2")})
+
+    answer, _ = search(name, world, max_passes=passes, **options)
+
+    assert stopped_by == answer.stopped_by
+    assert ("stopped by its limit of passes" in answer.reason) == (stopped_by == "budget")

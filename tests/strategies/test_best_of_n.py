@@ -8,9 +8,10 @@ from math import nan
 import pytest
 
 from tests.strategies.worlds import World, search, text_of, told
+from thinkserve.strategies.best_of_n import NOTHING_READ
 from thinkserve.strategies.engine import Sampling
 from thinkserve.strategies.errors import EngineDead, EngineFailed, TooLong, Unsupported
-from thinkserve.strategies.rewards import Aggregate, aggregated, cleaned, solution_steps
+from thinkserve.strategies.rewards import UNREAD, Aggregate, aggregated, cleaned, solution_steps
 
 CHAINS = ("a\n\nb\n\n1", "c\n\n2", "d\n\ne\n\n2", "f 3")
 # By chain: last, least, product and mean of its steps.
@@ -43,12 +44,22 @@ def test_all_chains_are_one_batch_and_each_is_read_once() -> None:
 
 
 def test_a_failed_reward_is_the_worst() -> None:
-    """Not a number does not win."""
+    """Not a number does not win, and the answer says so."""
     world = World({"": ("x1", "y2")}, {"x1": nan, "y2": 0.1})
 
     answer, _ = search("best-of-n", world, k=2)
 
-    assert 1 == answer.winner
+    assert (1, (UNREAD,)) == (answer.winner, answer.warnings)
+
+
+@pytest.mark.parametrize("name", ["best-of-n", "weighted-vote"])
+def test_chains_that_the_reward_model_cannot_read_vote(name: str) -> None:
+    """Longer than its context, say: zeros for all would let the first chain win."""
+    world = World({"": CHAINS}, lambda text: nan)
+
+    answer, _ = search(name, world, k=4)
+
+    assert ({"2": 2, "1": 1, "3": 1}, (NOTHING_READ,)) == (dict(answer.votes), answer.warnings)
 
 
 def test_of_equals_the_first_wins() -> None:

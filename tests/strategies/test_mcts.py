@@ -110,3 +110,14 @@ def test_a_limit_returns_the_best_solution_seen() -> None:
 
     assert "y" == text_of(world, answer)
     assert "stopped by its limit of expansions" in answer.reason
+
+
+def test_what_was_cut_short_in_its_simulations_has_not_been_committed_to() -> None:
+    """The better solution that was seen elsewhere answers, and the limit is told."""
+    steps = {"": ("x\n\n", "y"), "x\n\n": ("z", "x\n\n")}
+    world = World(steps, lambda text: {"x\n\n": 0.5, "y": 0.6, "x\n\nz": 0.9}.get(text, 0.0))
+
+    answer, _ = search("mcts", world, width=2, simulations=9, max_expansions=2, c_init=0.0)
+
+    assert "x\n\nz" == text_of(world, answer)
+    assert ("budget", True) == (answer.stopped_by, "stopped by its limit of expansions" in answer.reason)

@@ -234,3 +234,14 @@ def test_particles_that_were_lost_are_made_up_for() -> None:
     search("particle", world, world.task(phase="thinking"), n=4)
 
     assert {"": 4, "a\n\n": 2, "b\n\n": 2} == dict(world.visits)
+
+
+def test_where_a_whole_round_fails_the_heaviest_is_gone_on_with() -> None:
+    """Not the longest: the particles are lost with their proposals, but not their weights."""
+    steps = {"": ("long long\n\n", "b\n\n"), "b\n\n": ("rest",), "long long\n\n": ("rest",)}
+    rewards = {"long long\n\n": 0.4, "b\n\n": 0.6}
+    world = World(steps, rewards, fail={index: (0, EngineFailed("lost")) for index in (2, 3)})
+
+    answer, _ = search("particle", world, n=2, threshold=0)
+
+    assert "b\n\nrest" == text_of(world, answer)

@@ -9,10 +9,11 @@ import anyio
 import pytest
 
 from tests.strategies.worlds import World, search, text_of, told
-from thinkserve.strategies.engine import Job
-from thinkserve.strategies.errors import EngineFailed
+from thinkserve.server.limits import LimitedEngine
+from thinkserve.strategies.engine import Answer, Job
+from thinkserve.strategies.errors import EngineFailed, TooLong
 from thinkserve.strategies.rap import Plan, RapOptions, agreement, chance
-from thinkserve.strategies.testing import Recorder
+from thinkserve.strategies.testing import Recorder, play
 from thinkserve.strategies.tree import Tree
 from thinkserve.strategies.tree_budget import limits
 from thinkserve.strategies.tree_node import Node
@@ -164,3 +165,38 @@ def test_the_plan_of_an_empty_tree_is_nothing() -> None:
     anyio.run(Plan(tree, chosen).iterate)
 
     assert [tree.root] == tree.nodes
+
+
+def test_a_dead_end_is_no_action() -> None:
+    """However many agree with it: the step that has the same result goes on."""
+    steps = {"": ("so 7.", "so 7\n\n"), "so 7\n\n": ("b</think>7",)}
+    world = World(steps, roles=ROLES, prompt="q<think>")
+
+    answer, out = search("rap", world, world.task(phase="thinking"), samples=2, iterations=2)
+
+    assert "7" == world.decode(out.tokens_of("answer"))
+    assert "no proposal" not in answer.reason
+
+
+def test_only_what_the_verifier_wrote_is_counted() -> None:
+    """A question that comes when the request has ended costs nothing."""
+    world = World({"": ("1", "2")}, roles=ROLES)
+
+    async def go() -> Answer:
+        with LimitedEngine(world, 4, None) as limited:
+            return (await play("rap", limited, world.task(50), samples=2, iterations=1))[0]
+
+    answer = anyio.run(go)
+
+    assert 4 == world.generated
+    assert "0 scorer passes, 4 tokens" in answer.reason
+
+
+def test_steps_that_are_too_long_for_the_verifier_are_one_warning() -> None:
+    """However long each is."""
+    fail = {index: (0, TooLong(index, 8)) for index in range(2, 40)}
+    world = World({"": ("1", "2")}, roles=ROLES, fail=fail)
+
+    answer, _ = search("rap", world, samples=2, iterations=1)
+
+    assert ("a step was not judged: it does not fit the verifier's context",) == answer.warnings

@@ -34,7 +34,7 @@ def test_sixteen_proposals_by_reward(rewards: list[float], shares: list[int]) ->
     balance=st.floats(1e-6, 100),
 )
 def test_shares_sum_to_the_budget(rewards: list[float], budget: int, balance: float) -> None:
-    """Exactly, none is negative, and who is rewarded more gets no less."""
+    """Exactly, none is negative, and who is rewarded more gets no less, but for one that rounding up has cost."""
     shares = allocate(rewards, budget, balance)
 
     assert budget == sum(shares)

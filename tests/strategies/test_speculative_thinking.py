@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from thinkserve.server.answer_stops import AnswerStops
 from thinkserve.strategies import registry
 from thinkserve.strategies.engine import Answer, Event, Job, Piece, Role, Task
 from thinkserve.strategies.errors import EngineDead, EngineFailed, Unsupported
@@ -387,3 +388,13 @@ def test_growth_is_the_published_one() -> None:
     assert [(125, 15), (150, 20), (175, 25), (200, 30), (200, 30)] == [lengths.after(cues) for cues in range(5)]
     small = lengths_of(SpeculativeOptions(), 4096)
     assert [70, 84, 98, 112, 112] == [small.after(cues)[0] for cues in range(5)]
+
+
+async def test_a_stop_string_that_ends_in_a_blank_line_ends_the_chain() -> None:
+    """The blank line is the caller's, behind which nothing is written."""
+    engine = writer("one</think>A\n\nB\n\nC")
+    task = task_for(engine, stop=("A\n\n",))
+
+    answer, out = await play("speculative-thinking", AnswerStops(engine, task), task)
+
+    assert ("A\n\n", "stop") == (engine.decode(out.tokens_of("answer")), answer.finish)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import anyio
 import pytest
 
-from tests.strategies.worlds import SEARCHES, SMALL, World, search
-from thinkserve.strategies.engine import Job
-from thinkserve.strategies.testing import Recorder
+from tests.strategies.worlds import PROMPT, SEARCHES, SMALL, World, search
+from thinkserve.server.answer_stops import AnswerStops
+from thinkserve.strategies.engine import Answer, Job
+from thinkserve.strategies.testing import Recorder, play
 from thinkserve.strategies.tree import Tree
 from thinkserve.strategies.tree_budget import Limits, answer_room
 
@@ -59,3 +61,36 @@ def test_where_all_end_inside_their_thinking_an_answer_is_written_behind_the_las
 def test_an_answer_gets_a_quarter_of_what_is_left_or_what_a_short_one_takes() -> None:
     """But never more than there is."""
     assert [0, 20, 32, 100, 1024] == [answer_room(left) for left in (0, 20, 100, 400, 8000)]
+
+
+@EVERY
+@pytest.mark.parametrize(("stop", "text"), [(("\n\n",), "one 1\n\n"), (("2\n\n", "nowhere"), "one 1\n\ntwo 2\n\n")])
+@pytest.mark.parametrize("thinks", [False, True])
+def test_a_stop_string_that_ends_in_a_blank_line_ends_the_solution(
+    name: str, stop: tuple[str, ...], text: str, thinks: bool
+) -> None:
+    """It is the caller's, not the end of a step; the same in a thought is none."""
+    start, close = ("t 2\n\n", "t</think>") if thinks else ("", "")
+    first, second = start + "t" * thinks + "one 1\n\n", "two 2\n\n"
+    # The later entry counts where both are the empty text.
+    steps = {"": (start,), start: (close + "one 1\n\n",), first: (second,), first + second: ("three",)}
+    world = World(steps, prompt="q<think>" if thinks else PROMPT)
+    task = world.task(phase="thinking" if thinks else "answer", stop=stop)
+
+    async def go() -> tuple[Answer, Recorder]:
+        return await play(name, AnswerStops(world, task), task, **SMALL[name])
+
+    answer, out = anyio.run(go)
+
+    assert (text, "stop") == (world.decode(out.tokens_of("answer")), answer.finish)
+
+
+@EVERY
+def test_thinking_that_the_model_opens_itself_is_ended_in_time_as_well(name: str) -> None:
+    """Where nothing is written yet, nobody knows whether it will think."""
+    world = World(lambda text: ("<think>" + "t" * 60 + "</think>4",), prompt="q")
+
+    answer, out = search(name, world, world.task(40, phase=None, max_total_tokens=60), step_tokens=32, **SMALL[name])
+
+    assert "no proposal was complete" in answer.reason
+    assert "4" == world.decode(out.tokens_of("answer"))
