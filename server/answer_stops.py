@@ -12,12 +12,12 @@ from dataclasses import replace
 
 from thinkserve.strategies.around import Around, Open
 from thinkserve.strategies.engine import Delta, Engine, Job, Stream, Task, Tokens
-from thinkserve.strategies.streams import Through, parted
+from thinkserve.strategies.streams import Ended, Through, parted
 from thinkserve.strategies.text import Phases
 
 
 class AnswerStops(Around):
-    """Ends streams of the target model with "stop" once their answer contains one of the task's strings."""
+    """Ends what writes the completion with "stop" once its answer contains one of the task's strings."""
 
     def __init__(self, inner: Engine, task: Task) -> None:
         super().__init__(inner)
@@ -26,16 +26,18 @@ class AnswerStops(Around):
     @asynccontextmanager
     async def watch(self, open: Open, job: Job) -> AsyncIterator[Stream]:
         """Run a job and look for the strings in what it answers."""
-        async with open(job) as stream:
-            yield _Stopping(stream, self._matcher(job)) if job.role == "target" else stream
-
-    def _matcher(self, job: Job) -> Matcher:
-        matcher = Matcher(self._inner, self._task)
         known = len(self._task.prompt)
-        if job.prompt[:known] == self._task.prompt:
-            # What a chain has written so far is part of its answer.
-            matcher.find(job.prompt[known:])
-        return matcher
+        if job.role not in ("target", "guide") or job.prompt[:known] != self._task.prompt:
+            async with open(job) as stream:
+                yield stream
+            return
+        matcher = Matcher(self._inner, self._task)
+        # What a chain has written so far is part of its answer.
+        if matcher.find(job.prompt[known:]) is not None:
+            yield Ended("stop")
+            return
+        async with open(job) as stream:
+            yield _Stopping(stream, matcher)
 
 
 class Matcher:

@@ -14,7 +14,15 @@ from typing import Any
 from starlette.exceptions import HTTPException
 
 from thinkserve.strategies.engine import Role
-from thinkserve.strategies.errors import BadOptions, EngineDead, EngineFailed, TooLong, UnknownStrategy, Unsupported
+from thinkserve.strategies.errors import (
+    BadOptions,
+    EngineDead,
+    EngineFailed,
+    TooLong,
+    Unforgiven,
+    UnknownStrategy,
+    Unsupported,
+)
 
 NO_RETRY = {"x-should-retry": "false"}
 
@@ -142,6 +150,7 @@ TABLE: tuple[tuple[type[BaseException], Callable[[Any, str], ApiError]], ...] = 
     (UnknownStrategy, lambda exc, _: ApiError(400, "unknown_strategy", str(exc), param="strategy")),
     (Unsupported, lambda exc, _: _unsupported(exc)),
     (TooLong, lambda exc, _: ApiError(400, "context_length_exceeded", str(exc), param="messages")),
+    (Unforgiven, lambda exc, request_id: from_exception(exc.failure, request_id)),
     (RoleDown, lambda exc, _: _role_down(exc)),
     (RoleFailed, _role_failed),
     (EngineDead, lambda *_: _engine_dead()),

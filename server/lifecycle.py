@@ -17,7 +17,7 @@ from contextlib import contextmanager
 
 import anyio
 import uvicorn
-from anyio import create_task_group, move_on_after, sleep
+from anyio import CancelScope, create_task_group, move_on_after, sleep
 
 from thinkserve.server.app import create_app
 from thinkserve.server.http_protocol import Protocol
@@ -75,6 +75,7 @@ class Server:
         self._uvicorn = _Uvicorn(_config(self))
         self._stops = 0
         self._stopping = asyncio.Event()
+        self._draining = CancelScope()
         self._exit = 0
 
     @property
@@ -103,6 +104,8 @@ class Server:
         self._stopping.set()
         if self._stops > 1:
             self.state.runner.abort()
+            # Those that are not at work yet are not waited for either.
+            self._draining.cancel()
 
     async def _signals(self) -> None:
         with anyio.open_signal_receiver(*SIGNALS) as received:
@@ -136,9 +139,10 @@ class Server:
         runner, settings = self.state.runner, self.state.settings
         logger.warning("draining: %d requests at work", runner.live)
         if self._stops == 1:
-            await self._idle_within(settings.drain_timeout_s)
-            runner.decide()
-            await self._idle_within(GRACE_S + 0.5)
+            with self._draining:
+                await self._idle_within(settings.drain_timeout_s)
+                runner.decide()
+                await self._idle_within(GRACE_S + 0.5)
         runner.abort()
         await self._idle_within(FAREWELL_S)
         self._uvicorn.should_exit = True

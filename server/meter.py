@@ -51,6 +51,11 @@ class Tally:
         # Last, because prompts are long, and few chains get here.
         return same if job.prompt[:known] == self.prompt else 0
 
+    def replaced(self, job: Job) -> bool:
+        """Whether other words stand where this chain's last job began, and `job` goes on behind them."""
+        known = len(self.prompt)
+        return not self.live and 0 < known < len(job.prompt) and job.prompt[:known] == self.prompt
+
     def go_on(self, job: Job) -> None:
         """The chain is at work again."""
         self.prompt, self.live, self.finish, self.written = job.prompt, True, None, []
@@ -176,8 +181,13 @@ class MeteredEngine(Around):
             return None if exact is None or exact.live else exact
         recent = chains[-RECENT:]
         repeated = [chain.repeated(job) for chain in recent]
-        most = max(repeated, default=0)
-        return recent[repeated.index(most)] if most else None
+        if most := max(repeated, default=0):
+            return recent[repeated.index(most)]
+        # A guide's words, say. Where several chains began at one place, nobody knows which of them they are of.
+        replaced = [chain for chain in recent if chain.replaced(job)]
+        last = max((len(chain.prompt) for chain in replaced), default=0)
+        latest = [chain for chain in replaced if len(chain.prompt) == last]
+        return latest[0] if len(latest) == 1 else None
 
 
 class _Metered(Through):

@@ -109,10 +109,12 @@ class RemoteHttp:
         return clean(text if self._key is None else text.replace(self._key, "***"), 200)
 
     async def post(self, path: str, body: object) -> dict[str, object]:
-        """The JSON object that answers `body`. Raises Refused, EngineFailed, EngineDead."""
-        found = await self._object("POST", path, body)
-        self.breaker.succeeded()
-        return found
+        """The JSON object that answers `body`. Raises Refused, EngineFailed, EngineDead.
+
+        That the breaker may forget past failures is for who knows that the answer is of use: a server whose engine is
+        stuck goes on counting tokens.
+        """
+        return await self._object("POST", path, body)
 
     async def get(self, path: str) -> dict[str, object]:
         """A JSON object. Raises as `post` does."""

@@ -19,6 +19,7 @@ from thinkserve.server.remote_tokens import RemoteTokenizer, side_by_side
 from thinkserve.server.remote_wire import salted
 from thinkserve.server.reward_formats import FORMATS, Format, Reading
 from thinkserve.strategies.engine import Path, Score, Tokens
+from thinkserve.strategies.errors import EngineFailed
 
 
 class Memory:
@@ -96,7 +97,9 @@ class RemoteReward:
         answer = (await self._http.post("/pooling", body | salted(salt))).get("data")
         if not isinstance(answer, list) or len(answer) != len(readings):
             raise self._http.broken("did not score every path")
-        return [self._of_one(reading, each) for reading, each in zip(readings, answer, strict=True)]
+        rewards = [self._of_one(reading, each) for reading, each in zip(readings, answer, strict=True)]
+        self._http.breaker.succeeded()
+        return rewards
 
     def _of_one(self, reading: Reading, answer: object) -> list[float]:
         data = answer.get("data") if isinstance(answer, dict) else None
@@ -107,9 +110,10 @@ class RemoteReward:
         labels = self._format.labels
         rows, rest = divmod(len(content), 4 * labels)
         if rest or rows not in (len(reading.tokens), len(reading.ends)):
-            raise self._http.broken(
-                f"sent {len(content) // 4} logits for {len(reading.tokens)} tokens in {len(reading.ends)} steps "
-                f"of a model with {labels} labels"
+            # A marker in the caller's own words does this, too, for which nobody else is to be kept waiting.
+            raise EngineFailed(
+                f"{self._http.who} sent {len(content) // 4} logits for {len(reading.tokens)} tokens in "
+                f"{len(reading.ends)} steps of a model with {labels} labels."
             )
         places: Iterable[int] = reading.ends if rows == len(reading.tokens) else range(rows)
         logits = [struct.unpack_from(f"<{labels}f", content, 4 * labels * place) for place in places]

@@ -42,7 +42,7 @@ from thinkserve.strategies.engine import (
     Stream,
     Tokens,
 )
-from thinkserve.strategies.errors import EngineDead, EngineFailed, Unsupported
+from thinkserve.strategies.errors import EngineDead, EngineFailed, Lost, TooLong, Unsupported
 from thinkserve.strategies.streams import Through
 
 logger = logging.getLogger("thinkserve")
@@ -202,7 +202,8 @@ class RoledEngine:
     @asynccontextmanager
     async def _generate(self, job: Job) -> AsyncIterator[Stream]:
         async with self._up(job.role) as engine:
-            opened = engine.generate(replace(job, role="target"))
+            with self._blamed(job.role):
+                opened = engine.generate(replace(job, role="target"))
             async with _helping(opened, partial(self._blamed, job.role)) as stream:
                 yield stream
 
@@ -227,16 +228,16 @@ class RoledEngine:
 
     @contextmanager
     def _blamed(self, role: Role) -> Iterator[None]:
-        """That a model gives up or refuses is told as its role's failure, why to the log; that it is gone, by `_up`."""
+        """That a model cannot do its part is told as its role's failure, why to the log; that it is gone, by `_up`."""
         try:
             yield
         except EngineDead:
             raise
-        except (EngineFailed, Refused) as error:
+        except (EngineFailed, Refused, TooLong) as error:
             self._note(role, error)
             raise RoleFailed(role) from error
 
-    def _note(self, role: Role, error: EngineFailed | Refused) -> None:
+    def _note(self, role: Role, error: Lost) -> None:
         # A search asks a helper that fails again and again.
         if (role, str(error)) not in self._noted:
             self._noted.add((role, str(error)))

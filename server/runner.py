@@ -42,6 +42,7 @@ class Runner:
         self._metrics = metrics
         self._log = log
         self._live: set[Execution] = set()
+        self._aborted = False
 
     @property
     def live(self) -> int:
@@ -59,13 +60,16 @@ class Runner:
             execution.decide()
 
     def abort(self) -> None:
-        """Cut all requests off; their clients are told that the server is shutting down."""
+        """Cut all requests off, those that are yet to come, too; clients are told that the server is shutting down."""
+        self._aborted = True
         for execution in self._live:
             execution.abort()
 
     async def run(self, execution: Execution, emit: Emit) -> Outcome:
         """The strategy's decision, accounted for. Raises what the strategy raised (never a group), or ApiError."""
         outcome: RequestOutcome = "aborted"
+        if self._aborted:
+            execution.abort()
         self._live.add(execution)
         try:
             answer = await execution.decision(emit)

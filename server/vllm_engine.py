@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import anyio
 
 from thinkserve.server.deployment import Local, target_alone
+from thinkserve.server.model_dir import StartError
 from thinkserve.server.plan import Rendered, ServedModel
 from thinkserve.server.reward_formats import format_of
 from thinkserve.server.settings import Settings
@@ -36,7 +37,7 @@ from thinkserve.strategies.engine import (
     Stream,
     Tokens,
 )
-from thinkserve.strategies.errors import Unsupported
+from thinkserve.strategies.errors import ReasoningError, Unsupported, leading
 
 if TYPE_CHECKING:
     from thinkserve.server.vllm_render import Renderer
@@ -59,13 +60,24 @@ async def start(settings: Settings, places: Sequence[Local]) -> list[ServedModel
     try:
         backends = [await _serve(settings, *each) for each in zip(places, llms, vectors, strict=True)]
         async with anyio.create_task_group() as group:
-            for backend in backends:
-                group.start_soon(backend.warm_up)
+            for place, backend in zip(places, backends, strict=True):
+                group.start_soon(_warm_up, place, backend)
+    except BaseExceptionGroup as errors:
+        for llm in llms:
+            llm.shutdown(timeout=0)
+        raise leading(errors) from errors
     except BaseException:
         for llm in llms:
             llm.shutdown(timeout=0)
         raise
     return list(backends)
+
+
+async def _warm_up(place: Local, backend: VllmBackend | RewardBackend) -> None:
+    try:
+        await backend.warm_up()
+    except ReasoningError as error:
+        raise StartError(f"{place.name} does not answer: {error}") from error
 
 
 async def _serve(

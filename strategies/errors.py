@@ -5,6 +5,7 @@ ReasoningError
 ├── Unsupported       this deployment lacks what is asked for: a role, a feature (400)
 ├── UnknownStrategy   no strategy of that name (400)
 ├── TooLong           prompt and completion do not fit the model's context (400)
+├── Unforgiven        a helper's failure by which the caller wants the request to end (as what it was)
 └── EngineFailed      the engine could not go on with a request
     └── EngineDead    the engine is gone for all requests
 """
@@ -55,6 +56,14 @@ class TooLong(ReasoningError):
         super().__init__(f"The prompt has {tokens} tokens; the model's context is {context}.")
         self.tokens = tokens
         self.context = context
+
+
+class Unforgiven(ReasoningError):
+    """The failure of a model that helps, below a strategy that would get over it, where the caller said "fail"."""
+
+    def __init__(self, failure: ReasoningError) -> None:
+        super().__init__(str(failure))
+        self.failure = failure
 
 
 class EngineFailed(ReasoningError):

@@ -26,7 +26,7 @@ from pydantic import Field
 
 from thinkserve.strategies.around import Around, Open
 from thinkserve.strategies.engine import Answer, Delta, Emit, Engine, Event, Job, Stream, Task
-from thinkserve.strategies.errors import LOST, EngineDead, TooLong
+from thinkserve.strategies.errors import LOST, EngineDead
 from thinkserve.strategies.registry import Supports, strategy
 from thinkserve.strategies.rewards import mean
 from thinkserve.strategies.streams import Through
@@ -40,7 +40,6 @@ from thinkserve.strategies.verifier import Verifier, filled
 
 ASK = "Question: {question}\nWork so far:\n{work}\nNext step:\n{step}\nIs the next step useful? Answer Yes or No."
 UNDECIDED = 0.5
-TOO_LONG = "it does not fit the verifier's context"
 
 
 class RapOptions(TreeOptions):
@@ -154,7 +153,7 @@ class Plan:
         except LOST as error:
             if self._options.on_verifier_error == "fail" and tree.ended is None:
                 raise
-            tree.warn(f"a step was not judged: {TOO_LONG if isinstance(error, TooLong) else error}")
+            tree.warn(f"a step was not judged: {error}")
             return UNDECIDED
         return UNDECIDED if isnan(odds) else chance(odds)
 

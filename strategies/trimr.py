@@ -34,7 +34,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from thinkserve.strategies.ending import Ending, EndingOptions, Thought
 from thinkserve.strategies.engine import Answer, Emit, Engine, Event, Job, Task
 from thinkserve.strategies.equivalence import shared
-from thinkserve.strategies.errors import LOST, Lost, leading
+from thinkserve.strategies.errors import LOST, Lost, Unforgiven, leading
 from thinkserve.strategies.modifiers import modifier
 from thinkserve.strategies.reflection import Words
 from thinkserve.strategies.registry import Supports, strategy
@@ -158,7 +158,7 @@ class _Watched(Thought):
         budget = job.max_tokens if job.thinking_budget is None else min(job.thinking_budget, job.max_tokens)
         self._most = options.budget_share * budget
         self._thoughts = self._judged = self._agree = 0
-        self._error: Exception | None = None
+        self._error: Lost | None = None
         self._scope = CancelScope()
         self._queue: deque[tuple[int, tuple[str, ...]]] = deque()
         self._arrived = anyio.Event()
@@ -174,7 +174,7 @@ class _Watched(Thought):
     def take(self, token: int, text: str) -> bool:
         """The rules that need no verifier; and what there is to verify."""
         if self._error is not None:
-            raise self._error
+            raise Unforgiven(self._error)
         options, ended = self._options, self._segments.push(text)
         self._thoughts += len(ended)
         if self.decided or self.began is not None:

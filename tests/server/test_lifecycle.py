@@ -7,11 +7,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from time import monotonic, sleep
 from typing import Any
 
+import anyio
 import pytest
 
 from thinkserve.server.lifecycle import reserve_socket
@@ -87,6 +89,31 @@ def test_a_second_signal_cuts_off_with_an_error_event(serve: Serve, until: Until
         assert (plain.result().status_code, plain.result().headers["x-should-retry"]) == (503, "false")
     assert server.join() == 0
     assert monotonic() - started < 4
+
+
+def test_a_second_signal_does_not_wait_for_requests_that_are_not_at_work_yet(serve: Serve, until: Until) -> None:
+    """They wait to be rendered, and are told the same once they are."""
+    server = serve(ScriptedEngine(["t" * 20_000], tick=0.005))
+    rendering, go_on = threading.Event(), threading.Event()
+    plain = server.backend.render
+
+    async def slow(*args: Any, **more: Any) -> Any:
+        rendering.set()
+        await anyio.to_thread.run_sync(go_on.wait)
+        return await plain(*args, **more)
+
+    server.backend.render = slow
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(server.chat)
+        assert rendering.wait(5)
+        server.stop()
+        server.stop()
+        go_on.set()
+        assert "draining" == waiting.result().json()["error"]["code"]
+    started = monotonic()
+    assert server.join() == 0
+    assert monotonic() - started < 4
+    assert 0 == server.engine.generated
 
 
 def test_a_dead_engine_ends_the_server_with_an_error_code(serve: Serve) -> None:

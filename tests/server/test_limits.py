@@ -14,7 +14,7 @@ from anyio.lowlevel import checkpoint
 from thinkserve.server.answer_stops import AnswerStops
 from thinkserve.server.limits import LimitedEngine
 from thinkserve.strategies import registry
-from thinkserve.strategies.engine import Engine, Finish, Job, Path, Role, Score, Stream, Task, Tokens
+from thinkserve.strategies.engine import Delta, Engine, Finish, Job, Path, Role, Score, Stream, Task, Tokens
 from thinkserve.strategies.testing import Recorder, ScriptedEngine
 
 pytestmark = pytest.mark.anyio
@@ -318,3 +318,21 @@ async def test_a_chain_in_parts_has_what_was_written_until_the_deadline() -> Non
                 read = [token async for delta in stream for token in delta.tokens]
             assert list(chain.tokens) == read
     assert engine.history[0].generated == len(read) > 2
+
+
+@pytest.mark.parametrize("written", ["t</think>a STOP", "t</think>a STOP b"])
+async def test_behind_a_stop_string_nothing_is_written(written: str) -> None:
+    """Whoever wrote it, in an earlier job."""
+    engine = ScriptedEngine(["never"])
+    stops = AnswerStops(engine, Task(prompt=JOB.prompt, max_tokens=100, stop=("STOP",)))
+    async with stops.generate(replace(JOB, prompt=JOB.prompt + engine.encode(written))) as stream:
+        assert [Delta(finish="stop")] == [delta async for delta in stream]
+    assert [] == engine.history
+
+
+async def test_a_stop_string_ends_the_guides_answer_as_well() -> None:
+    """It writes the same completion."""
+    engine = ScriptedEngine(["t</think>a STOP b"], roles=("target", "guide"))
+    stops = AnswerStops(engine, Task(prompt=JOB.prompt, max_tokens=100, stop=("STOP",)))
+    async with stops.generate(replace(JOB, role="guide")) as stream:
+        assert "ta STOP" == engine.decode([token async for delta in stream for token in delta.tokens])

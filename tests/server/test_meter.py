@@ -208,3 +208,24 @@ async def test_thousands_of_branches_do_not_slow_each_other_down() -> None:
 
     assert spent[1] < 3 * spent[0]
     assert 4000 == len(meter.chains)
+
+
+@pytest.mark.parametrize("seed", [None, 4])
+async def test_a_chain_whose_last_words_others_replaced_is_the_same_chain(seed: int | None) -> None:
+    """A guide's draft in place of the target's peek. Where several began at one place it is nobody's."""
+    engine = ScriptedEngine(["abc"], roles=("target", "guide"))
+    meter = metered(engine)
+    job = Job(prompt=(5,), max_tokens=3, seed=seed)
+    first = await read(meter, job)
+    peek = replace(job, prompt=job.prompt + first, seed=seed and seed + 1)
+    await read(meter, peek)
+    await read(meter, replace(peek, role="guide"))
+    drafted = replace(peek, prompt=peek.prompt + engine.encode("xyz"), seed=seed and seed + 2)
+    await read(meter, drafted)
+    assert (1, 1) == (len(meter.chains), meter.finished)
+
+    other = replace(job, prompt=(6,))
+    await read(meter, other)
+    await read(meter, replace(other, seed=seed and seed + 3))
+    await read(meter, replace(other, prompt=(6, *engine.encode("xyz")), seed=seed and seed + 4))
+    assert 4 == len(meter.chains)

@@ -10,6 +10,7 @@ import pytest
 
 from thinkserve.server import discovery
 from thinkserve.server.choice import Choice
+from thinkserve.server.errors import RoleFailed
 from thinkserve.server.metrics import Metrics
 from thinkserve.server.plan import Plan
 from thinkserve.server.protocol import MAX_OVER
@@ -17,7 +18,7 @@ from thinkserve.server.request_log import RequestLog
 from thinkserve.server.runner import Runner
 from thinkserve.server.testing import ScriptedBackend
 from thinkserve.strategies import registry
-from thinkserve.strategies.engine import Job, Task
+from thinkserve.strategies.engine import Job, Role, Task
 from thinkserve.strategies.modifiers import Layer, modifiers
 from thinkserve.strategies.testing import Recorder, ScriptedEngine
 from thinkserve.strategies.trimr import LEAD, TrimrOptions
@@ -209,3 +210,23 @@ async def test_warnings_of_a_modifier_are_the_answers() -> None:
     assert 1 == len(outcome.answer.warnings)
     assert "the verifier failed: no model serves the role 'verifier'" in outcome.answer.warnings[0]
     assert engine.generated == outcome.usage.completion_tokens
+
+
+@pytest.mark.parametrize("name", ["single", "majority"])
+def test_a_verifier_whose_failure_is_to_end_the_request_ends_it_under_any_strategy(serve: Serve, name: str) -> None:
+    """A race gets over a chain of its own that fails, but not over this."""
+    engine = thinking(THOUGHT * 30 + "</think>It is 7.")
+    server = serve(engine)
+    plain = engine.render
+
+    async def fails(messages: Any, role: Role = "target") -> Any:
+        if role == "verifier":
+            raise RoleFailed(role)
+        return await plain(messages, role)
+
+    engine.render = fails  # type: ignore[method-assign]
+    policy = {"name": "trimr", "params": {"underthinking": False, "on_verifier_error": "fail"}}
+    answer = server.chat(max_tokens=9000, seed=3, strategy=over(name, policy))
+
+    assert (502, "verifier_failed") == (answer.status_code, answer.json()["error"]["code"])
+    assert [] == engine.live

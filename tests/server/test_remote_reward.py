@@ -236,3 +236,23 @@ async def test_the_family_is_named_or_told_by_the_models_name() -> None:
     for asked, name in ((None, "my-prm"), ("nope", "Qwen2.5-Math-PRM-7B")):
         with pytest.raises(StartError, match=r"thinkserve, qwen2\.5-math-prm, skywork-o1-prm"):
             named_format(asked, name)
+
+
+async def test_a_server_that_answers_without_rewards_is_left_alone_in_the_end() -> None:
+    """However well-formed its answers are."""
+
+    async def hollow(asked: Asked, stream: ByteStream) -> bool:
+        if asked.path != "/pooling":
+            return False
+        await stream.send(told({"data": []}))
+        return True
+
+    fake = FakeVllm()
+    async with reward(fake, retries=0, breaker_failures=3) as model:
+        fake.fault = hollow
+        for _ in range(9):
+            with pytest.raises(EngineFailed):
+                await model.engine("req").score("why?", [Path(STEPS)])
+        assert not model.alive
+
+    assert 3 == len(fake.bodies("/pooling"))

@@ -10,13 +10,14 @@ import pytest
 from anyio.abc import ByteStream
 
 from tests.server.remote_fake import Asked, FakeVllm, told
-from thinkserve.server.errors import RoleFailed, from_exception
+from thinkserve.server.errors import RoleDown, RoleFailed, from_exception
 from thinkserve.server.model_dir import StartError
 from thinkserve.server.remote_engine import connect
 from thinkserve.server.roles import Roles
 from thinkserve.server.settings import RemoteSettings
 from thinkserve.server.testing import ScriptedBackend
-from thinkserve.strategies.engine import Engine, Task, Tokens
+from thinkserve.strategies.engine import Engine, Job, Task, Tokens
+from thinkserve.strategies.errors import Unforgiven
 from thinkserve.strategies.testing import ScriptedEngine, play
 from thinkserve.strategies.verifier import ALTERNATIVES
 
@@ -62,6 +63,7 @@ def questions(fake: FakeVllm) -> list[str]:
     return [body["messages"][0]["content"] for body in fake.bodies("/tokenize") if "messages" in body]
 
 
+CHAT = [{"role": "user", "content": "yes?"}]
 THOUGHT = "Wait, once more from the very start of it. Now then.\n\nSo the answer is 7.\n\n"
 
 
@@ -132,8 +134,9 @@ async def test_a_verifier_that_cannot_even_tokenize_has_failed_as_such(status: i
         task = Task(engine.encode(PROMPT), 2000, question="3 + 4?")
         playing = play("trimr", asked, task, underthinking=False, excerpt_tokens=11, on_verifier_error=policy)
         if policy == "fail":
-            with pytest.raises(RoleFailed) as caught:
+            with pytest.raises(Unforgiven) as caught:
                 await playing
+            assert isinstance(caught.value.failure, RoleFailed)
             error = from_exception(caught.value, "req")
             assert (502, "verifier_failed") == (error.status, error.code)
         else:
@@ -157,3 +160,24 @@ async def test_a_server_that_gives_too_few_alternatives_is_found_out_at_the_star
             await connect(url, RemoteSettings(), target, "verifier")
         guide = await connect(url, RemoteSettings(), target, "guide")
         await guide.aclose()
+
+
+async def test_a_verifier_that_tokenizes_and_does_nothing_else_is_left_alone_in_the_end() -> None:
+    """Its engine is stuck, its tokenizer is not: what is wanted is the answer."""
+    fake, engine = Opinionated("Yes"), ScriptedEngine([THOUGHT * 60 + "</think>It is 7."])
+    async with asking(fake, engine, retries=0, breaker_failures=3) as asked:
+
+        async def stuck(asked: Asked, stream: ByteStream) -> bool:
+            if asked.path != "/v1/completions":
+                return False
+            await stream.send(told({"error": {"message": "stuck"}}, 500))
+            return True
+
+        fake.fault = stuck
+        fake.asked.clear()
+        for _ in range(20):
+            with pytest.raises((RoleFailed, RoleDown)):
+                async with asked.generate(Job(await asked.render(CHAT, "verifier"), 1, role="verifier")) as stream:
+                    [delta async for delta in stream]
+
+    assert 3 == len(fake.bodies("/v1/completions"))

@@ -13,7 +13,7 @@ from thinkserve.server.roles import Roles
 from thinkserve.server.testing import ScriptedBackend
 from thinkserve.strategies import registry
 from thinkserve.strategies.engine import Engine, Job, ModelInfo, Path, Role, Score, Task, Tokens
-from thinkserve.strategies.errors import EngineDead, EngineFailed, Unsupported
+from thinkserve.strategies.errors import EngineDead, EngineFailed, TooLong, Unsupported
 from thinkserve.strategies.testing import SCRIPTED, ScriptedEngine
 
 pytestmark = pytest.mark.anyio
@@ -180,7 +180,7 @@ async def ask_everything(engine: Engine, role: Role, error: type[Exception]) -> 
             pass
 
 
-@pytest.mark.parametrize("error", [Refused("too many words"), EngineFailed("too many words")])
+@pytest.mark.parametrize("error", [Refused("too many words"), EngineFailed("too many words"), TooLong(9, 8)])
 async def test_whatever_a_helper_refuses_or_fails_at_is_its_roles_failure_and_logged_once(
     error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -189,7 +189,7 @@ async def test_whatever_a_helper_refuses_or_fails_at_is_its_roles_failure_and_lo
     await ask_everything(roles.engine("one"), "verifier", RoleFailed)
     await ask_everything(roles.engine("two"), "verifier", RoleFailed)
 
-    said = "the model of the role verifier failed: too many words"
+    said = f"the model of the role verifier failed: {error}"
     assert [f"request one: {said}", f"request two: {said}"] == [each.message for each in caplog.records]
 
 

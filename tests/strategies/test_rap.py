@@ -11,7 +11,7 @@ import pytest
 from tests.strategies.worlds import World, search, text_of, told
 from thinkserve.server.limits import LimitedEngine
 from thinkserve.strategies.engine import Answer, Job
-from thinkserve.strategies.errors import EngineFailed, TooLong
+from thinkserve.strategies.errors import EngineFailed
 from thinkserve.strategies.rap import Plan, RapOptions, agreement, chance
 from thinkserve.strategies.testing import Recorder, play
 from thinkserve.strategies.tree import Tree
@@ -190,13 +190,3 @@ def test_only_what_the_verifier_wrote_is_counted() -> None:
 
     assert 4 == world.generated
     assert "0 scorer passes, 4 tokens" in answer.reason
-
-
-def test_steps_that_are_too_long_for_the_verifier_are_one_warning() -> None:
-    """However long each is."""
-    fail = {index: (0, TooLong(index, 8)) for index in range(2, 40)}
-    world = World({"": ("1", "2")}, roles=ROLES, fail=fail)
-
-    answer, _ = search("rap", world, samples=2, iterations=1)
-
-    assert ("a step was not judged: it does not fit the verifier's context",) == answer.warnings

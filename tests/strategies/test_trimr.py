@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.strategies.trimming import OFF, Watched, endings, task_for, thinking, thought, trim, verdicts
 from thinkserve.strategies.engine import Answer, Event, Job, ModelInfo
-from thinkserve.strategies.errors import EngineDead, EngineFailed, Unsupported
+from thinkserve.strategies.errors import EngineDead, EngineFailed, Unforgiven, Unsupported
 from thinkserve.strategies.modifiers import Layer, layered, modifiers
 from thinkserve.strategies.registry import get
 from thinkserve.strategies.testing import SCRIPTED, Recorder, ScriptedEngine, play
@@ -162,7 +162,7 @@ async def test_each_rule_can_be_switched_off() -> None:
 
 @pytest.mark.parametrize("error", [EngineFailed("lost"), EngineDead("gone"), Unsupported("none here")])
 async def test_a_verifier_that_is_down_follows_the_policy(error: Exception) -> None:
-    """Go on with the other rules and one warning; or end with its error, which nothing wraps."""
+    """Go on with the other rules and one warning; or end with its error, over which no race gets."""
 
     class Down(Watched):
         def generate(self, job: Job) -> Any:
@@ -176,8 +176,9 @@ async def test_a_verifier_that_is_down_follows_the_policy(error: Exception) -> N
 
     assert [("underthinking", "forced")] == endings(out)
     assert (f"the verifier failed: {error}",) == answer.warnings
-    with pytest.raises(type(error), match=str(error)):
+    with pytest.raises(Unforgiven, match=str(error)) as caught:
         await trim(failing, on_verifier_error="fail")
+    assert error is caught.value.failure
     assert [] == failing.live
 
 
