@@ -5,8 +5,7 @@
 
 Run as a file. `changed` is the share of problems whose final answer is another than that of the untrimmed chain with
 the same seed, `spoilt` those of them that were right before. Three agreeing results end a chain, as published; the row
-"two agree" asks for one less. Tokens are the chain's own; `all tokens` and wall time
-include the verifier.
+"two agree" asks for one less. Tokens are the chain's own; `all tokens`, their ratio and wall time include the verifier.
 """
 
 from __future__ import annotations
@@ -34,7 +33,10 @@ from thinkserve.strategies.text import answer_of
 RULES = ("overthinking", "underthinking", "repetition")
 # The milestone's targets: fewer tokens, and points of accuracy that it may cost.
 MOST_TOKENS, MOST_LOSS = 0.60, 0.01
-HEADER = ("row", "in flight", "accuracy", "tokens", "all tokens", "token ratio", "wall ratio", "changed", "spoilt")
+HEADER = (
+    "row", "in flight", "accuracy", "tokens", "all tokens", "token ratio", "all ratio", "wall ratio", "changed",
+    "spoilt",
+)  # fmt: skip
 
 
 def row_of(name: str, rules: Sequence[str], concurrency: int, **more: Any) -> Row:
@@ -69,12 +71,11 @@ def cells(each: Measured, free: Measured) -> list[str]:
     """A line of the table."""
     name, _, concurrency = each.row.name.partition("/")
     own = "winner_completion_tokens"
-    tokens = stats.paired_ratio(each.values(own), free.values(own))
-    wall = stats.paired_ratio(each.values("wall_s"), free.values("wall_s"))
+    ratios = [stats.paired_ratio(each.values(of), free.values(of)) for of in (own, "total", "wall_s")]
     other, spoilt = changed(each, free)
     return [
         name, concurrency, f"{each.accuracy:.3f}", f"{each.mean(own):.0f}", f"{each.mean('total'):.0f}",
-        f"{tokens:.2f}", f"{wall:.2f}", f"{other:.3f}", f"{spoilt:.3f}",
+        *(f"{ratio:.2f}" for ratio in ratios), f"{other:.3f}", f"{spoilt:.3f}",
     ]  # fmt: skip
 
 
@@ -101,7 +102,8 @@ def command(
     """Measure, print the tables and one line of JSON, and keep both."""
     count, asked, levels = 12 if quick else problems, Asked(), in_flight or [1, 32]
     told = {"verifier": Path(verifier).name, "problems": count, "level": level, **asdict(asked)}
-    run = Run("trimr", model, told, (verifier,))
+    told["concurrency"] = " and ".join(map(str, levels))
+    run = Run(f"trimr-at-{'-'.join(map(str, levels))}", model, told, (verifier,))
     found = anyio.run(bench, model, verifier, levels, load(level, count, asked.seed), asked, run.journal())
     lines = [cells(each, rows[0]) for rows in found for each in rows]
     targets = [line for rows in found for whole in rows[-2:] for line in verdicts(rows[0], whole)]
