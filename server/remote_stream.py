@@ -84,7 +84,8 @@ class RemoteStream:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._left = True
-        if self._seen and self._error is None:
+        # Whoever reads it may have failed at its words: then it was of no use.
+        if self._seen and self._error is None and not isinstance(error, EngineFailed):
             self._http.breaker.succeeded()
         await shut(self._response)
 

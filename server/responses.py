@@ -31,10 +31,12 @@ from thinkserve.server.state import ServerState
 from thinkserve.server.text_out import SLICE, TextOut
 from thinkserve.server.wire_types import Completion
 from thinkserve.strategies.engine import Event, Phase, Piece
-from thinkserve.strategies.errors import EngineFailed, ReasoningError
+from thinkserve.strategies.errors import EngineFailed, ReasoningError, Unforgiven
 
 logger = logging.getLogger("thinkserve")
 
+# Characters of a text in one event: escaped, and in two fields, they make a line that clients with a limit can read.
+LONGEST = 4096
 KNOWN = (ApiError, ReasoningError, TimeoutError)
 
 
@@ -83,7 +85,7 @@ class ChatResponse(Response):
         """What the client is told; the log has the engine's own words, and the traceback of what nobody foresaw."""
         if not isinstance(error, KNOWN):
             logger.error("request %s failed", self.plan.request_id, exc_info=error)
-        elif isinstance(error, EngineFailed):
+        elif isinstance(error, (EngineFailed, Unforgiven)):
             logger.error("request %s failed: %s", self.plan.request_id, error)
         return errors.from_exception(error, self.plan.request_id)
 
@@ -116,7 +118,7 @@ class ChatJson(ChatResponse):
         try:
             outcome = await self.state.runner.run(self.execution, self._emit)
             if not usable(outcome):
-                raise self.timed_out()
+                raise self.execution.cause or self.timed_out()
             self.text.flush()
             self.headers["server-timing"] = timing(outcome.usage)
             completion = wire_out.completion(self.plan, self.chat, outcome, self.text)
@@ -197,8 +199,8 @@ class ChatStream(ChatResponse):
             await self._writer.end()
 
     async def _finish(self, outcome: Outcome) -> None:
-        if not usable(outcome) and not self.text.reasoning:
-            raise self.timed_out()
+        if not usable(outcome) and not (self.text.reasoning and self.plan.stream_mode != "none"):
+            raise self.execution.cause or self.timed_out()
         blocks = [self._block(phase, text) for phase, text in self.text.flush()]
         if left := self.text.take_logprobs():
             # Of tokens at the end that have no text.
@@ -229,7 +231,7 @@ class ChatStream(ChatResponse):
             return data(self._chunks.content(text, self.text.take_logprobs()))
         if phase == "thinking" and self.plan.stream_mode == "none":
             return b""
-        return self._templates[phase].fill(text)
+        return b"".join(self._templates[phase].fill(text[at : at + LONGEST]) for at in range(0, len(text), LONGEST))
 
     async def _keep_alive(self, scope: CancelScope) -> None:
         """Comment on silence; return when the client has taken nothing for too long."""

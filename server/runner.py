@@ -12,7 +12,7 @@ from time import monotonic
 from anyio import CancelScope, current_time
 
 from thinkserve.server.answer_stops import AnswerStops
-from thinkserve.server.errors import NO_RETRY, ApiError, from_exception
+from thinkserve.server.errors import NO_RETRY, ApiError, from_exception, retry_after
 from thinkserve.server.leader import Leader
 from thinkserve.server.limits import LimitedEngine
 from thinkserve.server.meter import FINISHED, MeteredEngine, Tally
@@ -92,7 +92,10 @@ class Runner:
 
 
 class Execution:
-    """One request. `texts` decodes for it; `meter` counts for it while it runs and afterwards."""
+    """One request. `texts` decodes for it; `meter` counts for it while it runs and afterwards.
+
+    `cause` is what to tell the client if it ends without an answer, where that is not its own deadline.
+    """
 
     def __init__(self, plan: Plan, engine: Engine, client: Mapping[str, object], metrics: Metrics) -> None:
         self.plan = plan
@@ -103,7 +106,7 @@ class Execution:
         stopping = AnswerStops(self._limits, plan.task) if plan.task.stop else self._limits
         self.meter = MeteredEngine(stopping, metrics)
         self._scope = CancelScope()
-        self._cause: ApiError | None = None
+        self.cause: ApiError | None = None
         self._started = monotonic()
         self._emitted = _Emitted()
         # Above the meter: what a modifier puts in is not generated.
@@ -146,13 +149,14 @@ class Execution:
         )
 
     def decide(self) -> None:
-        """End all streams as at the deadline."""
+        """End all streams as at the deadline, by the server's will: who gets no answer may ask another one."""
+        self.cause = ApiError(503, "draining", "The server is shutting down.", "overloaded_error", None, retry_after())
         self._limits.end("deadline")
         self._scope.deadline = min(self._scope.deadline, current_time() + GRACE_S)
 
     def abort(self) -> None:
         """Cut the request off."""
-        self._cause = ApiError(503, "draining", "The server is shutting down.", "overloaded_error", None, NO_RETRY)
+        self.cause = ApiError(503, "draining", "The server is shutting down.", "overloaded_error", None, NO_RETRY)
         self._scope.cancel()
 
     async def decision(self, emit: Emit) -> Answer:
@@ -170,7 +174,7 @@ class Execution:
                 return replace(answer, warnings=(*answer.warnings, *warnings))
         except BaseExceptionGroup as group:
             raise _leading(group) from group
-        raise self._cause or TimeoutError
+        raise self.cause or TimeoutError
 
 
 class _Emitted:

@@ -18,6 +18,7 @@ from typing import Protocol
 from thinkserve.server.plan import Plan
 from thinkserve.server.wire_types import TokenLogprob, TopLogprob
 from thinkserve.strategies.engine import Detokenizer, ModelInfo, Phase, Piece, Role, Tokens
+from thinkserve.strategies.text import find_stop, leading
 
 SLICE = 64  # tokens with log-probabilities that are turned into text at once: a few milliseconds of the event loop
 LOWEST_LOGPROB = -9999.0  # JSON has no minus infinity; vLLM uses the same number
@@ -55,15 +56,18 @@ class TextOut:
         self._stop = plan.task.stop
         self._show = plan.include_reasoning
         self._want_logprobs = plan.task.logprobs is not None
+        self._slice = max(1, SLICE // (1 + (plan.task.logprobs or 0)))
         self._phase: Phase | None = None
         self._detokenizer: Detokenizer = engine.detokenizer()
         self._maybe_tag: Tokens = ()
         self._fresh = True  # a paragraph of thoughts begins
         self._held = ""
+        self._blank = 0  # white space at the start of what is held and of the answer
+        self._begun = False
         self._arrived = self._released = 0
         self._waiting: deque[tuple[int, TokenLogprob]] = deque()
         # Text and bytes by token: alternatives recur, and there are no more of them than the vocabulary has tokens.
-        self._spelled: dict[int, tuple[str, list[int]]] = {}
+        self._spelled: dict[int, tuple[str, list[int] | None]] = {}
         self._texts: dict[Phase, list[str]] = {"thinking": [], "answer": []}
         self.logprobs: list[TokenLogprob] = []
         self.stopped: str | None = None
@@ -80,12 +84,12 @@ class TextOut:
         return "".join(self._texts["answer"])
 
     def slices(self, piece: Piece) -> Iterator[Piece]:
-        """What to push of `piece` without a pause: all of it, or `SLICE` tokens where each has log-probabilities."""
-        if piece.phase != "answer" or not self._want_logprobs or len(piece.tokens) <= SLICE:
+        """What to push of `piece` without a pause: all of it, or tokens with `SLICE` log-probabilities together."""
+        if piece.phase != "answer" or not self._want_logprobs or len(piece.tokens) <= self._slice:
             yield piece
             return
-        for start in range(0, len(piece.tokens), SLICE):
-            part = slice(start, start + SLICE)
+        for start in range(0, len(piece.tokens), self._slice):
+            part = slice(start, start + self._slice)
             yield replace(piece, tokens=piece.tokens[part], logprobs=piece.logprobs[part], top=piece.top[part])
 
     def push(self, piece: Piece) -> list[tuple[Phase, str]]:
@@ -151,14 +155,16 @@ class TextOut:
             self._fresh = self._fresh and not text
             return self._emit(phase, text)
         text, self._held = self._held + text, ""
-        found = [(at + len(stop), at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
-        if found:
-            # The one that is complete first, so that the cut does not depend on how the text was sliced.
-            _, at, self.stopped = min(found)
+        if not self._begun:
+            self._blank = leading(text)
+            self._begun = self._blank < len(text)
+        # The one that is complete first, so that the cut does not depend on how the text was sliced.
+        if found := find_stop(text, self._stop, self._blank):
+            _, at, self.stopped = found
             return self._emit(phase, text[:at])
-        keep = self._ambiguous(text)
-        self._held = text[len(text) - keep :]
-        return self._emit(phase, text[: len(text) - keep])
+        sure = len(text) - self._ambiguous(text)
+        self._held, self._blank = text[sure:], max(0, self._blank - sure)
+        return self._emit(phase, text[:sure])
 
     def _ambiguous(self, text: str) -> int:
         """Length of the longest end of `text` that a stop string may begin with."""
@@ -191,7 +197,8 @@ class TextOut:
         text, spelling = self._spelled.get(token) or self._spell(token)
         return {"token": text, "logprob": max(logprob, LOWEST_LOGPROB), "bytes": spelling}
 
-    def _spell(self, token: int) -> tuple[str, list[int]]:
+    def _spell(self, token: int) -> tuple[str, list[int] | None]:
         text = self._engine.decode((token,))
-        self._spelled[token] = text, list(text.encode())
+        # Part of a character has bytes, but not those of what stands for it in a text.
+        self._spelled[token] = text, None if "\ufffd" in text else list(text.encode())
         return self._spelled[token]

@@ -20,7 +20,7 @@ class TopLogprob(TypedDict):
 
     token: str
     logprob: float
-    bytes: list[int]
+    bytes: list[int] | None
 
 
 class TokenLogprob(TopLogprob):

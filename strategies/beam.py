@@ -60,5 +60,4 @@ async def run(task: Task, engine: Engine, emit: Emit, options: BeamOptions) -> A
             if node not in kept:
                 await tree.prune(node, "beam")
         beams = list(islice(cycle(kept), options.n - len(slots(leaves)) if kept else 0))
-    leaves = slots(leaves)
-    return await conclude(tree, leaves, beams, options.select, decided=len(leaves) >= options.n)
+    return await conclude(tree, slots(leaves), beams, options.select, decided=not beams)

@@ -105,7 +105,7 @@ async def run(task: Task, engine: Engine, emit: Emit, options: ParticleOptions) 
         options.select,
         # A round that failed as a whole leaves no particles; then all ends are compared.
         weight=lambda node: weight.get(node, exp(potential(node))),
-        decided=len(leaves) >= options.n,
+        decided=not any(node.open for node in particles),
     )
 
 

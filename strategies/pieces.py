@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import nan
 
 from thinkserve.strategies.engine import Delta, Emit, Engine, ModelInfo, Phase, Piece, Task, Tokens, TokenStats
-from thinkserve.strategies.text import Phases
+from thinkserve.strategies.text import Phases, find_stop, leading
 
 
 class Transcript:
@@ -64,7 +64,8 @@ async def write(delta: Delta, transcript: Transcript, emit: Emit) -> None:
 
 def stopped(transcript: Transcript, task: Task, engine: Engine) -> bool:
     """Whether the answer holds a stop string of the caller's, so that nothing follows."""
-    return bool(task.stop) and any(map(engine.decode(transcript.answer).__contains__, task.stop))
+    text = engine.decode(transcript.answer) if task.stop else ""
+    return find_stop(text, task.stop, leading(text)) is not None
 
 
 UNKNOWN = TokenStats(nan, nan, nan, nan)

@@ -71,8 +71,7 @@ async def run(task: Task, engine: Engine, emit: Emit, options: RebaseOptions) ->
         for step in [step for step, share in proposals.items() if not share]:
             del proposals[step]
             await tree.prune(step, "no share")
-    leaves = slots(leaves)
-    return await conclude(tree, leaves, list(proposals), options.select, decided=len(leaves) >= options.width)
+    return await conclude(tree, slots(leaves), list(proposals), options.select, decided=not proposals)
 
 
 def allocate(rewards: Sequence[float], budget: int, balance: float) -> list[int]:

@@ -79,6 +79,20 @@ class Phases:
         return [("answer", waiting - tag.seen)] if waiting > tag.seen else []
 
 
+def find_stop(text: str, stops: Sequence[str], blank: int) -> tuple[int, int, str] | None:
+    """Of the stop strings in a text the one that is complete first, as (end, start, string); None if there is none.
+
+    What lies in the first `blank` characters alone is none: they stand between thoughts and answer.
+    """
+    starts = ((text.find(stop, max(0, blank - len(stop) + 1)), stop) for stop in stops)
+    return min(((at + len(stop), at, stop) for at, stop in starts if at >= 0), default=None)
+
+
+def leading(text: str) -> int:
+    """How many characters of white space a text begins with."""
+    return len(text) - len(text.lstrip())
+
+
 def rfind(tokens: Tokens, wanted: Tokens) -> int:
     """Index of the last occurrence of `wanted` in `tokens`, or -1; nothing is found nowhere."""
     width = len(wanted)

@@ -51,8 +51,9 @@ class Tree:
         self.spent = Spent()
         self.warnings: list[str] = []
         self.ended: Finish | None = None
-        # What kept this search, or a branch of it, from going on.
+        # What kept this search, or a branch of it, from going on; and whether proposals were left out to keep a limit.
         self._refused: str | None = None
+        self.curtailed = False
         self.root = Node(0, None, task.seed, left=limits.path)
         self.nodes = [self.root]
         self._rewards = rewards
@@ -100,6 +101,7 @@ class Tree:
     def join(self, other: Tree) -> None:
         """Take in what a branch has spent and how it ended."""
         self._refused = self._refused or other._refused
+        self.curtailed = self.curtailed or other.curtailed
         self.spent.add(other.spent)
         self.warnings += [text for text in other.warnings if text not in self.warnings]
         self.ended = self.ended or other.ended
@@ -118,7 +120,7 @@ class Tree:
             self._refused = over
             return []
         left = self.limits.tokens - self.limits.reserve - self.spent.tokens
-        drafts = self._drafts(counts)[:left]
+        drafts = self._drafts(counts, left)
         siblings: dict[Node, list[Draft]] = {}
         for draft in drafts:
             siblings.setdefault(draft.parent, []).append(draft)
@@ -211,13 +213,14 @@ class Tree:
         transcript.push(Delta(finish=node.finish))
         return transcript
 
-    def _drafts(self, counts: Mapping[Node, int]) -> list[Draft]:
+    def _drafts(self, counts: Mapping[Node, int], left: int) -> list[Draft]:
         if self.task.sampling.greedy and max(counts.values(), default=0) > 1:
             self.warn(GREEDY)
             counts = dict.fromkeys(counts, 1)
         drafts = [self._draft(node) for node, number in counts.items() for _ in range(number)]
         # Every proposal may cost a pass of the scorer.
-        most = None if self.limits.passes is None else self.limits.passes - self.spent.passes
+        most = left if self.limits.passes is None else min(left, self.limits.passes - self.spent.passes)
+        self.curtailed = self.curtailed or len(drafts) > most
         return drafts[:most]
 
     def _draft(self, node: Node) -> Draft:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from thinkserve.strategies.engine import Answer, Event
 from thinkserve.strategies.text import answer_of
-from thinkserve.strategies.tree import Tree
+from thinkserve.strategies.tree import REWARDS, Tree
 from thinkserve.strategies.tree_node import Node
 from thinkserve.strategies.voting import Ballot, vote
 
@@ -27,10 +27,10 @@ async def conclude(
     """Let complete solutions decide by their weights (left out: rewards); without any, finish the best of `frontier`.
 
     A solution that was written twice may be in `leaves` twice. An empty `frontier` stands for all ends of the tree.
-    `decided`: the search was through when it reached its limit, if it has reached one.
+    `decided`: nothing was left to propose when a limit was reached, if one was.
     """
     weigh = weight or tree.value
-    decided = decided or tree.over is None
+    decided = tree.over is None or (decided and not tree.curtailed and tree.over != REWARDS)
     if not leaves:
         node = max(frontier or tree.ends, key=lambda node: (weigh(node), node.length))
         return await tree.answer(node, "the best of what is there", decided=decided)

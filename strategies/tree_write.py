@@ -121,7 +121,7 @@ class Writer:
             return None
         budget = self._task.thinking_budget
         left = None if budget is None else max(0, budget - phases.length)
-        undecided = self._task.phase is None and not phases.opened
+        undecided = self._info.reasons and self._task.phase is None and not phases.opened
         if allowance.room is None or not (phases.phase == "thinking" or undecided):
             return left
         return min(room if left is None else left, max(0, room - allowance.room))

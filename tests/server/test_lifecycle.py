@@ -73,6 +73,23 @@ def test_after_the_drain_time_strategies_decide_with_what_they_have(serve: Serve
     assert server.join() == 0
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_has_no_answer_after_the_drain_time_may_ask_another_server(
+    serve: Serve, until: Until, stream: bool
+) -> None:
+    """It is not the client's deadline."""
+    server = serve(ScriptedEngine(["t" * 20_000], tick=0.005), drain_timeout_s=0.2)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(server.chat, stream=stream, include_reasoning=False)
+        until(lambda: server.engine.generated > 10)
+        server.stop()
+        answer = running.result()
+    assert '"code":"draining"' in answer.text.replace('": "', '":"')
+    if not stream:
+        assert (503, True) == (answer.status_code, "retry-after" in answer.headers)
+    assert server.join() == 0
+
+
 def test_a_second_signal_cuts_off_with_an_error_event(serve: Serve, until: Until) -> None:
     """Streams end with an error and `[DONE]`, plain requests with 503, soon."""
     server = serve(ScriptedEngine(["t" * 20_000], tick=0.005))

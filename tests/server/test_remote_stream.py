@@ -7,8 +7,9 @@ import math
 import socket
 import struct
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
+from itertools import cycle
 from typing import Any
 
 import anyio
@@ -165,7 +166,6 @@ async def test_leaving_the_block_reaches_the_server(read: int) -> None:
         with anyio.fail_after(2):
             while not fake.hung_up:
                 await anyio.sleep(0.005)
-
         assert seen == stream.generated
         with pytest.raises(StopAsyncIteration):
             await anext(stream)
@@ -180,23 +180,23 @@ async def test_closing_the_model_ends_its_streams() -> None:
             await anext(stream)
 
 
-async def test_jobs_that_are_left_early_are_successes_to_the_breaker() -> None:
-    """Failures with good jobs between them are not failures in a row."""
-    bad = 0
+@pytest.mark.parametrize("useful", [True, False])
+async def test_jobs_that_are_left_early_are_successes_to_the_breaker(useful: bool) -> None:
+    """Failures with good jobs between them are not failures in a row; what their reader cannot use is no good job."""
+    bad = cycle((True, False))
 
     async def fault(asked: Asked, stream: ByteStream) -> bool:
-        nonlocal bad
-        bad += 1
-        return bool(bad % 2) and await reset_after(asked, stream, STREAM + framed(chunk()))
+        return next(bad) and await reset_after(asked, stream, STREAM + framed(chunk()))
 
     async with remote(FakeVllm("tt", pause_s=60, fault=fault), breaker_failures=2) as model:
         for _ in range(3):
             with pytest.raises(EngineFailed):
                 await deltas(model)
-            async with model.engine("req").generate(JOB) as stream:
-                await anext(stream)
-
-        assert model.alive
+            with suppress(EngineFailed):
+                async with model.engine("req").generate(JOB) as stream:
+                    if (await anext(stream)).tokens and not useful:
+                        raise EngineFailed("what it says cannot be read")
+        assert useful == model.alive
 
 
 async def test_a_cancelled_reader_leaves_nothing_open() -> None:

@@ -270,3 +270,24 @@ def received(connection: socket.socket) -> Iterator[bytes]:
         yield part
         if b"[DONE]" in part:
             return
+
+
+@pytest.mark.parametrize("more", [{}, {"logprobs": True, "top_logprobs": 20}])
+def test_no_line_is_longer_than_clients_take(serve: Serve, more: dict[str, Any]) -> None:
+    """Some read lines of 64 KiB at most, and a race tells all of its winner's thoughts at once."""
+    server = serve(ScriptedEngine(["数" * 9000 + "</think>\n\n" + "är " * 400]))
+
+    text = server.chat(stream=True, strategy={"name": "majority", "params": {"k": 2}}, max_tokens=40_000, **more).text
+
+    assert 64 * 1024 > max(map(len, text.encode().split(b"\n")))
+    found = chunks(text)
+    assert ("数" * 9000, "\n\n" + "är " * 400) == (joined(found, "reasoning"), joined(found, "content"))
+
+
+def test_a_stream_without_thoughts_says_that_its_time_was_over(serve: Serve) -> None:
+    """It has shown nothing, whatever was thought."""
+    server = serve(ScriptedEngine(["t" * 20_000], tick=0.005))
+
+    found = events(server.chat(stream=True, strategy={"name": "single", "stream": "none", "timeout_s": 0.3}).text)
+
+    assert "deadline_exceeded" == found[-1]["error"]["code"]

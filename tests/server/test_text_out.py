@@ -10,10 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from thinkserve.server.answer_stops import Matcher
 from thinkserve.server.plan import Plan
 from thinkserve.server.text_out import SLICE, TextOut
 from thinkserve.strategies import registry
-from thinkserve.strategies.engine import Piece, Role, Task
+from thinkserve.strategies.engine import Delta, Piece, Role, Task
+from thinkserve.strategies.pieces import Transcript
+from thinkserve.strategies.pieces import stopped as has_stopped
 from thinkserve.strategies.testing import SCRIPTED, ScriptedEngine
 
 # Tags spelled with ordinary tokens: "[T]" and "[/T]", which decode to text unless they are taken out.
@@ -201,4 +204,44 @@ def test_a_token_is_spelled_once() -> None:
     out = TextOut(engine, plan(logprobs=2))
     out.push(piece)
     assert engine.spelled == len({token for pairs in piece.top for token, _ in pairs})
-    assert all(entry["bytes"] == list(entry["token"].encode()) for entry in out.logprobs)
+    whole = [entry for entry in out.logprobs if entry["token"] != "\ufffd"]
+    assert whole
+    assert all(entry["bytes"] == list(entry["token"].encode()) for entry in whole)
+
+
+def test_a_part_of_a_character_has_no_bytes_that_are_not_its_own() -> None:
+    """Joined they would not be the text; they are not known here."""
+    engine = ScriptedEngine([])
+    out = TextOut(engine, plan(logprobs=0))
+    tokens = engine.encode("a€")
+    out.push(Piece("answer", tokens, (-0.5,) * len(tokens)))
+    assert [[97], None, None, None] == [entry["bytes"] for entry in out.logprobs]
+
+
+@pytest.mark.parametrize("cuts", [(), (1,), (1, 2, 3, 4, 5, 6, 7)])
+@pytest.mark.parametrize(
+    ("stop", "content", "stopped"),
+    [
+        (("\n\n",), "\n\nIt is 7.", "\n\n"),
+        (("\n",), "\n\nIt is 7.", "\n"),
+        (("\n\nIt", "\n\n"), "", "\n\nIt"),
+        (("\n\nQuestion", "\n\n"), "\n\nIt is 7.", "\n\n"),
+        ((" ", "nowhere"), "\n\nIt", " "),
+    ],
+)
+def test_white_space_between_thoughts_and_answer_is_no_stop(
+    stop: tuple[str, ...], content: str, stopped: str, cuts: tuple[int, ...]
+) -> None:
+    """Templates put it there; alone it ends nothing, whoever looks for it."""
+    engine = ScriptedEngine(["t</think>\n\nIt is 7.\n\nNext"])
+    out = TextOut(engine, plan(stop))
+    for piece in pieces(engine, "t", "\n\nIt is 7.\n\nNext", cuts):
+        out.push(piece)
+    assert (content, stopped) == (out.content, out.stopped)
+
+    matcher = Matcher(engine, Task(prompt=(5,), max_tokens=100, stop=stop))
+    ended = "t</think>" + content + stopped
+    assert len(engine.encode(ended)) == matcher.find(engine.encode("t</think>\n\nIt is 7.\n\nNext"))
+    transcript = Transcript(engine.info(), "thinking")
+    transcript.push(Delta(engine.encode("t</think>\n\n")))
+    assert not has_stopped(transcript, Task(prompt=(5,), max_tokens=100, stop=stop), engine)

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.strategies.worlds import World, binary, preferring, search, text_of, told
+from thinkserve.strategies.errors import EngineFailed
 
 
 def lettered(text: str) -> tuple[str, ...]:
@@ -129,3 +130,25 @@ def test_a_search_that_is_through_was_not_stopped(
 
     assert stopped_by == answer.stopped_by
     assert ("stopped by its limit of passes" in answer.reason) == (stopped_by == "budget")
+
+
+def test_a_search_whose_slots_have_all_ended_is_through() -> None:
+    """One of them in a dead end: nothing is left to propose, whatever its limit says."""
+    world = World({"": ("so 1.", "a</think>2")}, prompt="q<think>")
+
+    answer, _ = search("beam", world, world.task(phase="thinking"), max_passes=2, n=2, m=1)
+
+    assert "all_done" == answer.stopped_by
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("beam", {"n": 2, "m": 1}), ("rebase", {"width": 2}), ("particle", {"n": 2}), ("dvts", {"n": 2, "m": 1})],
+)
+def test_a_search_that_lost_its_rewards_in_the_last_round_says_so(name: str, options: dict[str, Any]) -> None:
+    """All solutions are there, but one was never rated."""
+    world = World({"": ("a\n\n", "b\n\n"), "a\n\n": ("1",), "b\n\n": ("2",)}, tired=2, ailment=EngineFailed("away"))
+
+    answer, _ = search(name, world, **options)
+
+    assert ("error", True) == (answer.stopped_by, "the loss of its reward model" in answer.reason)

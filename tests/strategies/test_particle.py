@@ -245,3 +245,13 @@ def test_where_a_whole_round_fails_the_heaviest_is_gone_on_with() -> None:
     answer, _ = search("particle", world, n=2, threshold=0)
 
     assert "b\n\nrest" == text_of(world, answer)
+
+
+def test_solutions_that_were_resampled_away_do_not_make_a_search_complete() -> None:
+    """As many as were wanted, but all particles would have gone on."""
+    steps = {"": ("so 1", "c\n\n"), "c\n\n": ("so 2", "e\n\n")}
+    world = World(steps, lambda text: 0.99 if text.endswith("\n\n") else 0.01)
+
+    answer, _ = search("particle", world, n=2, threshold=1, max_passes=4)
+
+    assert ("budget", True) == (answer.stopped_by, "its limit of passes" in answer.reason)

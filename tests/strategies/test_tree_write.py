@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import anyio
 import pytest
 
 from tests.strategies.worlds import PROMPT, SEARCHES, SMALL, World, search
 from thinkserve.server.answer_stops import AnswerStops
 from thinkserve.strategies.engine import Answer, Job
-from thinkserve.strategies.testing import Recorder, play
+from thinkserve.strategies.testing import SCRIPTED, Recorder, play
 from thinkserve.strategies.tree import Tree
 from thinkserve.strategies.tree_budget import Limits, answer_room
 
@@ -94,3 +96,14 @@ def test_thinking_that_the_model_opens_itself_is_ended_in_time_as_well(name: str
 
     assert "no proposal was complete" in answer.reason
     assert "4" == world.decode(out.tokens_of("answer"))
+
+
+@EVERY
+def test_the_thinking_of_a_model_that_does_not_reason_has_no_budget(name: str) -> None:
+    """An engine refuses one for it."""
+    plain = replace(SCRIPTED, think_open=(), think_close=())
+    world = World(lambda text: ("t" * 60,), prompt="q", info=plain)
+
+    search(name, world, world.task(40, phase=None, max_total_tokens=60), step_tokens=32, **SMALL[name])
+
+    assert {None} == {stream.job.thinking_budget for stream in world.history}
