@@ -138,7 +138,7 @@ def _data(event: bytes) -> bytes:
 def encode(method: str, path: str, body: Mapping[str, object] | None = None) -> bytes:
     """A whole request as bytes, built before the clock starts."""
     content = json.dumps(body).encode() if body is not None else b""
-    head = f"{method} {path} HTTP/1.1\r\nHost: bench\r\nConnection: close\r\nContent-Length: {len(content)}\r\n"
+    head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(content)}\r\n"
     return f"{head}Content-Type: application/json\r\n\r\n".encode() + content
 
 

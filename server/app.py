@@ -17,7 +17,7 @@ from thinkserve.server.admission import Admission
 from thinkserve.server.auth import Auth, load_keys
 from thinkserve.server.errors import ApiError, from_exception
 from thinkserve.server.json_body import read_body
-from thinkserve.server.middleware import BodyLimit, Guard, RequestContext
+from thinkserve.server.middleware import BodyLimit, Guard, RequestContext, answered_hosts
 from thinkserve.server.plan import Backend
 from thinkserve.server.settings import Settings
 from thinkserve.server.state import ServerState, new_state
@@ -56,7 +56,7 @@ def _middlewares(state: ServerState) -> list[Middleware]:
     settings = state.settings
     return [
         Middleware(RequestContext),
-        Middleware(Guard, settings.allowed_hosts),
+        Middleware(Guard, answered_hosts(settings)),
         Middleware(Auth, load_keys(settings), settings.public_routes, state.metrics),
         Middleware(BodyLimit, settings.max_body_bytes),
     ]

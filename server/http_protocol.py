@@ -21,6 +21,7 @@ from thinkserve.server.errors import ApiError
 HEAD_TIMEOUT_S = 10.0
 LINGER_S = 5.0
 STALL_MS = 90_000
+MOST_EARLY = 64 * 1024
 
 
 class Protocol(H11Protocol):
@@ -38,11 +39,17 @@ class Protocol(H11Protocol):
     def data_received(self, data: bytes) -> None:
         """Parse; any data stops uvicorn's clock for idle connections, so it is started anew where nothing has begun."""
         super().data_received(data)
+        self._read_on()
         self._time(self._owing())
         if self.conn.their_state is h11.IDLE and self._owed is None:
             self.timeout_keep_alive_task = self.loop.call_later(
                 self.timeout_keep_alive, self.timeout_keep_alive_handler
             )
+
+    def _read_on(self) -> None:
+        # uvicorn stops reading when the next request comes early; then nobody would notice that the client leaves.
+        if self.conn.their_state is h11.DONE and len(self.conn.trailing_data[0]) <= MOST_EARLY:
+            self.flow.resume_reading()
 
     def on_response_complete(self) -> None:
         """Go on with the next request; a body that was answered before it had come has `LINGER_S` left."""

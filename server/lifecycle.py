@@ -163,7 +163,7 @@ def _config(server: Server) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        timeout_keep_alive=30,
+        timeout_keep_alive=server.state.settings.idle_timeout_s,
         timeout_graceful_shutdown=5,
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         backlog=2048,

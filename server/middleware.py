@@ -9,6 +9,7 @@ import logging
 import re
 import secrets
 from fnmatch import fnmatchcase
+from ipaddress import ip_address
 from time import perf_counter, time_ns
 
 from anyio import current_time, fail_after, move_on_after
@@ -17,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from thinkserve.server.asgi import header, refuse
 from thinkserve.server.errors import NO_RETRY, ApiError, from_exception
+from thinkserve.server.settings import Settings
 
 logger = logging.getLogger("thinkserve")
 
@@ -25,6 +27,7 @@ MAX_HEADERS = 128
 MAX_HEADER_BYTES = 64 * 1024
 BODY_TIMEOUT_S = 30.0
 LINGER_S = 2.0
+LOOPBACK = ("localhost", "*.localhost", "127.0.0.1", "[::1]")
 PROBES = frozenset({"/health", "/livez", "/readyz"})
 SECURITY_HEADERS = [
     (b"x-content-type-options", b"nosniff"),
@@ -94,6 +97,25 @@ def _headers(message: Message, request_id: str, theirs: str | None, seconds: flo
     return headers
 
 
+def answered_hosts(settings: Settings) -> tuple[str, ...]:
+    """The hosts that requests may be meant for.
+
+    A web page may let a name of its own point to this machine, and is then allowed to read what it asks of it: without
+    keys nothing but the Host header tells.
+    """
+    if settings.allowed_hosts:
+        return settings.allowed_hosts
+    keyed = settings.api_keys is not None or settings.api_keys_file is not None
+    return ("*",) if keyed or not _is_loopback(settings.host) else LOOPBACK
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 class Guard:
     """Refuses requests by their headers: too many, too large, ambiguous in length, or meant for another host."""
 
@@ -117,14 +139,15 @@ class Guard:
         if b"transfer-encoding" in names and b"content-length" in names:
             return _closing(400, "invalid_request", "Content-Length and Transfer-Encoding exclude each other.")
         if not self._knows(header(scope, b"host")) and scope["path"] not in PROBES:
-            return _closing(400, "invalid_host", "This server does not answer for that host.")
+            return _closing(400, "invalid_host", "This server does not answer for that host (allowed_hosts).")
         return None
 
     def _knows(self, host: bytes | None) -> bool:
         if "*" in self._hosts:
             return True
         name = re.sub(r":\d+$", "", (host or b"").decode("latin-1").lower())
-        return any(fnmatchcase(name, pattern) for pattern in self._hosts)
+        # An address in brackets is no pattern.
+        return name in self._hosts or any("*" in host and fnmatchcase(name, host) for host in self._hosts)
 
 
 class BodyLimit:

@@ -95,7 +95,9 @@ class Settings(BaseSettings):
     public_routes: tuple[str, ...] = Field(
         ("/health", "/livez", "/readyz", "/version"), description="Paths that need no key when keys are set."
     )
-    allowed_hosts: tuple[str, ...] = Field(("*",), description="Host headers that are answered.")
+    allowed_hosts: tuple[str, ...] = Field(
+        (), description="Host headers that are answered; none given: all, without keys on a loopback address its names."
+    )
     default_strategy: str = Field("single", description="Strategy when the request names none.")
     presets: dict[str, Preset] = Field(
         default_factory=default_presets, description="Named strategies, offered as the model `name:preset`."
@@ -108,7 +110,8 @@ class Settings(BaseSettings):
     max_request_tokens: int = Field(1_000_000, ge=1, description="Most tokens of one request, all chains together.")
     max_inflight: int = Field(256, ge=1, description="Most requests at work at once; more are answered 503.")
     max_body_bytes: int = Field(4 * 2**20, ge=1024, description="Largest request body in bytes.")
-    request_timeout_s: float = Field(600.0, gt=0, description="Deadline of a request that names none, in seconds.")
+    request_timeout_s: float = Field(570.0, gt=0, description="Deadline of a request that names none, in seconds.")
+    idle_timeout_s: int = Field(75, gt=0, description="Seconds for which a connection without a request is kept.")
     keep_alive_s: float = Field(10.0, gt=0, description="Seconds of silence after which a stream gets a comment.")
     drain_timeout_s: float = Field(120.0, ge=0, description="Seconds that requests may go on after SIGTERM.")
     log_json: bool = Field(False, description="One JSON line per request instead of text.")

@@ -77,7 +77,7 @@ class Running:
         content = json.dumps(chat_body(text, **body)).encode()
         connection = self.raw()
         kind = f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n{kind}"
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n{kind}"
         connection.sendall(head.encode() + content)
         return connection
 

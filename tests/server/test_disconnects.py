@@ -63,7 +63,7 @@ def test_leaving_before_the_body_is_complete_starts_nothing(
 ) -> None:
     """In the head or in the body; it is no failure of the server's, so the log does not hold one."""
     server = serve(ScriptedEngine(["t"]))
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     head += b"Content-Length: 900\r\n\r\n"
     connection = server.raw()
     connection.sendall((head + b'{"model": "m", "messages": [' + b" " * 900)[:cut])

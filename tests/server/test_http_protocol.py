@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Callable
 from time import monotonic, sleep
@@ -13,8 +14,10 @@ from thinkserve.server import http_protocol
 from thinkserve.strategies.testing import ScriptedEngine
 
 Serve = Callable[..., Any]
-POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-GET = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
+Until = Callable[..., float]
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+POST = HEAD + b"Content-Length: %d\r\n\r\n"
+GET = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
 LONG_BODY = POST % 4_000_000
 
 
@@ -74,7 +77,10 @@ def closes_within(connection: socket.socket, seconds: float) -> bool:
     [
         (LONG_BODY, b"401"),
         (LONG_BODY.replace(b"/v1/chat/completions", b"/livez"), b"405"),
-        (LONG_BODY.replace(b"Host: x", b"Host: x\r\nAuthorization: Bearer secret").replace(b"json", b"x"), b"415"),
+        (
+            LONG_BODY.replace(b"/json", b"/x\r\nAuthorization: Bearer secret"),
+            b"415",
+        ),
     ],
     ids=["no key", "wrong method", "not JSON"],
 )
@@ -124,3 +130,28 @@ def test_a_head_that_begins_before_the_answer_has_its_time(server: Any) -> None:
     with server.raw() as connection:
         answered(connection, GET + b"GET /li", b"200")
         assert until_closed(connection).startswith(b"HTTP/1.1 408")
+
+
+@pytest.mark.parametrize("early", [b"\r\n", GET])
+def test_a_client_that_leaves_is_noticed_though_it_has_sent_more(serve: Serve, until: Until, early: bytes) -> None:
+    """The next request, or a line too many: nobody pays for what nobody reads."""
+    server = serve(ScriptedEngine(["t" * 20_000], tick=0.005))
+    body = json.dumps({"model": "m", "messages": [{"role": "user", "content": "x"}]}).encode()
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(POST % len(body) + body)
+        until(lambda: server.engine.generated > 5)
+        connection.sendall(early)
+        sleep(0.1)
+        assert server.engine.live
+    until(lambda: not server.engine.live)
+
+
+def test_requests_may_follow_each_other_without_waiting(serve: Serve) -> None:
+    """Each is answered, in order."""
+    server = serve(ScriptedEngine(["t</think>a"]))
+    body = json.dumps({"model": "m", "messages": [{"role": "user", "content": "x"}]}).encode()
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(POST % len(body) + body + GET + GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+        answers = until_closed(connection)
+    assert 3 == answers.count(b"HTTP/1.1 200")
+    assert answers.index(b"chat.completion") < answers.rindex(b"HTTP/1.1 200")

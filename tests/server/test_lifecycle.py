@@ -165,7 +165,7 @@ def test_a_real_signal_drains_a_real_process(number: signal.Signals) -> None:
             port = int(process.stdout.readline())
             with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
                 content = b'{"model": "m", "stream": true, "messages": [{"role": "user", "content": "x"}]}'
-                head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n"
+                head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n"
                 connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + content)
                 data = connection.recv(100)
                 os.kill(process.pid, number)

@@ -15,11 +15,13 @@ from starlette.types import Message, Receive, Scope, Send
 
 from thinkserve.server import http_protocol, middleware
 from thinkserve.server.errors import ApiError
-from thinkserve.server.middleware import BodyLimit, new_request_id
+from thinkserve.server.middleware import BodyLimit, answered_hosts, new_request_id
+from thinkserve.server.settings import Settings
 from thinkserve.server.testing import ScriptedBackend
 from thinkserve.strategies.testing import ScriptedEngine
 
 Serve = Callable[..., Any]
+POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
 LEAKS = ("Traceback", "0x", "/work", "site-packages")
 
 
@@ -98,7 +100,7 @@ def test_wrong_routes_and_methods_have_the_error_shape(
     server: Any, method: str, path: str, status: int, code: str
 ) -> None:
     """Also methods nobody has heard of."""
-    raw = f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
+    raw = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
     found, body = exchange(server, raw)
     if (method, path) == ("GET", "/v1/models/"):
         assert found == 404
@@ -137,7 +139,7 @@ def test_a_body_over_the_cap_is_refused_with_and_without_a_length(server: Any) -
 def test_a_declared_monster_is_refused_before_it_is_sent(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The answer comes at once, and the connection is closed."""
     monkeypatch.setattr(middleware, "LINGER_S", 0.2)
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = POST + b"Content-Type: application/json\r\n"
     started = monotonic()
     status, body = exchange(server, head + b"Content-Length: 99999999999\r\n\r\n")
     assert (status, body["error"]["code"]) == (413, "body_too_large")
@@ -147,9 +149,9 @@ def test_a_declared_monster_is_refused_before_it_is_sent(server: Any, monkeypatc
 def test_too_many_or_too_large_headers_are_431(server: Any) -> None:
     """By count in the app, by size in the protocol."""
     many = b"".join(b"x-%d: y\r\n" % number for number in range(200))
-    status, body = exchange(server, b"GET /livez HTTP/1.1\r\nHost: x\r\n" + many + b"Connection: close\r\n\r\n")
+    status, body = exchange(server, b"GET /livez HTTP/1.1\r\nHost: localhost\r\n" + many + b"Connection: close\r\n\r\n")
     assert (status, body["error"]["code"]) == (431, "headers_too_large")
-    status, body = exchange(server, b"GET /livez HTTP/1.1\r\nHost: x\r\nx: " + b"y" * 70_000)
+    status, body = exchange(server, b"GET /livez HTTP/1.1\r\nHost: localhost\r\nx: " + b"y" * 70_000)
     assert (status, body.get("error", {}).get("code")) in {(431, "headers_too_large"), (0, None)}
 
 
@@ -161,7 +163,7 @@ def test_what_is_not_http_is_400_in_our_shape(server: Any) -> None:
 
 def test_two_ways_to_end_a_body_are_400(server: Any) -> None:
     """The start of every smuggling attack."""
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n"
+    head = POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n"
     assert exchange(server, head + b"0\r\n\r\n")[0] == 400
 
 
@@ -169,7 +171,7 @@ def test_a_head_that_trickles_is_cut_off(serve: Serve, monkeypatch: pytest.Monke
     """On a fresh connection and on one that is kept alive."""
     monkeypatch.setattr(http_protocol, "HEAD_TIMEOUT_S", 0.3)
     server = serve(ScriptedEngine(["t</think>a"]))
-    for before in (b"", b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"):
+    for before in (b"", b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"):
         with server.raw() as connection:
             connection.settimeout(5)
             if before:
@@ -195,6 +197,27 @@ def test_only_known_hosts_are_answered_if_the_operator_says_so(serve: Serve) -> 
         assert server.client.get("/v1/models", headers={"Host": host}).status_code == status
     assert fault(server.client.get("/v1/models", headers={"Host": "x"})) == (400, "invalid_host")
     assert server.client.get("/readyz", headers={"Host": "10.0.0.1"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("settings", "closed"),
+    [({}, True), ({"api_keys": "key"}, False), ({"host": "0.0.0.0"}, False), ({"host": "::1"}, True)],
+)
+def test_pages_of_others_cannot_ask_a_local_server_without_keys(settings: dict[str, Any], closed: bool) -> None:
+    """Their names may point to this machine, but they stay in the Host header."""
+    hosts = answered_hosts(Settings(**settings))
+    assert ("*" in hosts) == (not closed)
+    assert answered_hosts(Settings(allowed_hosts=("a",), **settings)) == ("a",)
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [("localhost:8000", 200), ("127.0.0.1", 200), ("[::1]:8000", 200), ("a.localhost", 200), ("evil.example", 400)],
+)
+def test_a_local_server_without_keys_answers_for_its_own_names(serve: Serve, host: str, status: int) -> None:
+    """By default."""
+    server = serve(ScriptedEngine(["t</think>a"]))
+    assert server.client.get("/v1/models", headers={"Host": host}).status_code == status
 
 
 def test_an_unforeseen_error_is_a_plain_500_that_is_not_to_be_retried(serve: Serve) -> None:
@@ -237,9 +260,7 @@ def test_a_request_in_two_packets_is_one_request(server: Any) -> None:
     connection: socket.socket
     content = json.dumps({"model": "m", "messages": [{"role": "user", "content": "x"}]}).encode()
     with server.raw() as connection:
-        head = (
-            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n"
-        )
+        head = POST + b"Content-Type: application/json\r\nConnection: close\r\n"
         for part in (head[:30], head[30:], b"Content-Length: %d\r\n\r\n" % len(content), content[:9], content[9:]):
             connection.sendall(part)
         data = b""

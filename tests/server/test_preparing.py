@@ -19,6 +19,7 @@ from thinkserve.strategies.errors import BadOptions
 from thinkserve.strategies.testing import ScriptedEngine
 
 Serve = Callable[..., Any]
+POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
 Until = Callable[..., float]
 
 
@@ -77,9 +78,7 @@ def test_chats_that_wait_to_be_rendered_take_places(serve: Serve, until: Until, 
 def test_a_body_that_never_comes_keeps_nobody_out(serve: Serve, until: Until) -> None:
     """Whoever has said what it wants is served, however many have not."""
     server, _ = slow_server(serve, max_inflight=1)
-    head = (
-        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
-    )
+    head = POST + b"Content-Type: application/json\r\nContent-Length: 99\r\n\r\n"
     silent = [server.raw() for _ in range(3)]
     for connection in silent:
         connection.sendall(head + b"{")

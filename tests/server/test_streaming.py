@@ -241,7 +241,7 @@ def test_a_reader_that_stalls_is_given_up_and_the_canary_never_notices(
         connection.connect(("127.0.0.1", server.port))
         body = {"model": "m", "stream": True, "messages": [{"role": "user", "content": "long" * 20}]}
         content = json.dumps(body).encode()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n"
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n"
         connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + content)
         until(lambda: len(server.engine.live) == 1)
         assert server.chat().json()["choices"][0]["message"]["content"] == "ok"

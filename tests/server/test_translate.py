@@ -91,7 +91,7 @@ def test_a_bare_request_takes_the_models_defaults_and_the_whole_context() -> Non
     assert plan.task.sampling == DEFAULTS
     assert plan.task.max_tokens == 4096 - 3
     assert plan.task.thinking_budget is None
-    assert (plan.strategy.id, plan.salt, plan.timeout_s, plan.warnings) == ("single", "salt", 600.0, ())
+    assert (plan.strategy.id, plan.salt, plan.timeout_s, plan.warnings) == ("single", "salt", 570.0, ())
     assert plan.task.seed is None
 
 
