@@ -76,8 +76,9 @@ def _(source: Tensor, rows: Tensor, out: Tensor) -> None:
 
 
 def _seen(norm: Any, arguments: tuple[Any, ...], output: Any) -> Tensor:
-    """The state that this norm stands for."""
-    seen: Tensor = arguments[0] if isinstance(output, Tensor) else output[0 if norm.thinkserve_last else 1]
+    """The state that this norm stands for: what goes into it with the residual, of the last norm what comes out."""
+    raw, normed = (arguments[0], output) if isinstance(output, Tensor) else (output[1], output[0])
+    seen: Tensor = normed if norm.thinkserve_last else raw
     return seen
 
 

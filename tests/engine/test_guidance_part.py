@@ -20,6 +20,7 @@ from thinkserve.server.vllm_guidance import guidance
 from thinkserve.server.vllm_worker import Step
 from thinkserve.server.vllm_worker_guidance import BELOW, SPREAD, Guidance, written
 from thinkserve.server.vllm_worker_states import States
+from thinkserve.server.vllm_worker_states import _seen as seen_by
 from thinkserve.strategies.controls import Guide
 from thinkserve.strategies.engine import Job, ModelInfo, Tokens
 from thinkserve.strategies.errors import BadOptions, Unsupported
@@ -294,3 +295,15 @@ def test_what_cannot_be_guided_is_refused() -> None:
         asked((OPEN,), 30, info=ModelInfo("m", 100, VOCABULARY, (0,), (OPEN,), (CLOSE, CLOSE)))
     with pytest.raises(BadOptions):
         asked((OPEN,), 0)
+
+
+@pytest.mark.parametrize("with_residual", [True, False])
+@pytest.mark.parametrize(("last", "expected"), [(False, 3.0), (True, 30.0)])
+def test_the_last_state_is_normed_however_the_model_calls_its_norm(
+    last: bool, expected: float, with_residual: bool
+) -> None:
+    """As in transformers, where the predictor has learned: the others are raw, with the residual in them."""
+    x, residual = torch.full((2, 4), 1.0 if with_residual else 3.0), torch.full((2, 4), 2.0)
+    output = (10 * (x + residual), x + residual) if with_residual else 10 * x
+    seen = seen_by(SimpleNamespace(thinkserve_last=last), (x, residual) if with_residual else (x,), output)
+    assert torch.equal(torch.full((2, 4), expected), seen)
