@@ -75,7 +75,7 @@ def steering(job: Job, info: ModelInfo, vectors: Vectors | None, past: Steered =
     entries, payloads = list(_until(past, start)), dict(past.vectors)
     for column, control in enumerate(asked):
         name, payload = _vector(control, vectors)
-        close = -1 if control.positions == "generated" else _close(job.prompt[:first], info)
+        close = -1 if control.positions == "generated" else _close(job.prompt[job.since : first], info)
         if close is None:
             continue
         payloads[name] = payload

@@ -64,7 +64,7 @@ def guidance(job: Job, info: ModelInfo, served: bool) -> dict[str, Any]:
     budget = min(control.budget for control in asked)
     if budget < 1:
         raise BadOptions("The budget must be at least one token.", "budget")
-    opens, begun = _opens(job.prompt, info)
+    opens, begun = _opens(job.prompt[job.since :], info)
     if opens is None:
         return {}
     return {"guide": {"budget": budget, "start": len(job.prompt), "open": opens, "begun": begun}}

@@ -16,9 +16,7 @@ from thinkserve.strategies.seeds import successor
 Tokens = tuple[int, ...]
 Role = Literal["target", "guide", "reward", "verifier"]
 Phase = Literal["thinking", "answer"]
-
-# Why a stream ended. "stop": end of sequence or a stop token/string. "length": the job's max_tokens or the context.
-# "ceiling"/"deadline": the request as a whole ran out of tokens or of time. "repetition": the engine saw a loop.
+# Why a stream ended: its own end, the job's limit, the request's limit of tokens ("ceiling") or time, a loop.
 Finish = Literal["stop", "length", "ceiling", "deadline", "repetition"]
 
 
@@ -75,6 +73,7 @@ class Job:
     ones; `thinking_budget` caps its thinking tokens by a forced end (None: no cap). `stop` strings and tokens end the
     job wherever they occur and stay in it. `logprobs`: so many alternatives per token (0: the sampled token only;
     None: none); `stats`: a TokenStats per token. Deltas, but for the first and last, may wait for `interval` tokens.
+    Tags of thinking before position `since` of the prompt are only quoted there.
     """
 
     prompt: Tokens
@@ -90,6 +89,7 @@ class Job:
     stats: bool = False
     written: int = 0
     interval: int = 1
+    since: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +246,8 @@ class Task:
     def job(self, index: int = 0) -> Job:
         """The job of chain `index`: same prompt and sampling, its own seed if the task has one."""
         seed, budget = successor(self.seed, index), self.thinking_budget
-        return Job(self.prompt, self.max_tokens, self.sampling, seed, budget, logprobs=self.logprobs)
+        since = len(self.prompt) if self.phase is None else 0
+        return Job(self.prompt, self.max_tokens, self.sampling, seed, budget, logprobs=self.logprobs, since=since)
 
 
 EventType = Literal[
@@ -296,5 +297,4 @@ class Answer:
 class Emit(Protocol):
     """The send side of the runner's bounded stream: awaiting it is back-pressure."""
 
-    async def __call__(self, item: Piece | Event) -> None:
-        """Hand on one item."""
+    async def __call__(self, item: Piece | Event) -> None: ...

@@ -103,11 +103,11 @@ class Writer:
             draft.error = error
 
     def _job(self, draft: Draft, number: int, before: Tokens, room: int, step: int | None) -> Job:
-        return Job(
+        return replace(
+            self._task.job(),
             prompt=self._task.prompt + before + tuple(draft.tokens),
             written=len(before) + len(draft.tokens),
             max_tokens=room,
-            sampling=self._task.sampling,
             # Indices from 0 on are those of its children.
             seed=successor(draft.seed, -number) if number else draft.seed,
             stop=() if step is None else (STEP,),

@@ -262,9 +262,9 @@ def test_a_continued_job_is_guided_where_one_job_would_be(
     assert pytest.approx(whole[0], abs=len(opening)) == [left for each in parts for left in each]
 
 
-def asked(prompt: Sequence[int], *budgets: int, info: ModelInfo = INFO, served: bool = True) -> object:
+def asked(prompt: Sequence[int], *budgets: int, info: ModelInfo = INFO, served: bool = True, since: int = 0) -> object:
     """What a job with these guides tells the worker."""
-    job = Job(Tokens(prompt), 10, controls=tuple(Guide(budget) for budget in budgets))
+    job = Job(Tokens(prompt), 10, controls=tuple(Guide(budget) for budget in budgets), since=since)
     return guidance(job, info, served).get("guide")
 
 
@@ -278,6 +278,16 @@ def test_what_is_asked_depends_on_where_the_prompt_ends(prompt: tuple[int, ...],
     expected = None if opens is None else {"budget": 30, "start": len(prompt), "open": opens, "begun": begun}
 
     assert expected == asked(prompt, 30)
+
+
+@pytest.mark.parametrize("quoted", [(CLOSE, 6), (OPEN, 6), (OPEN, 5, CLOSE, 6)])
+def test_tags_that_a_message_quotes_begin_and_end_nothing(quoted: tuple[int, ...]) -> None:
+    """Where the model is yet to open its thinking; what it has written itself counts."""
+    start = len(quoted)
+    assert {"budget": 30, "start": start, "open": OPEN, "begun": False} == asked(quoted, 30, since=start)
+    opened = {"budget": 30, "start": start + 2, "open": -1, "begun": True}
+    assert opened == asked((*quoted, OPEN, 7), 30, since=start)
+    assert None is asked((*quoted, OPEN, 7, CLOSE), 30, since=start)
 
 
 def test_the_tightest_of_several_budgets_holds_and_none_asks_for_nothing() -> None:

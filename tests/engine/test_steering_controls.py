@@ -75,6 +75,16 @@ def test_a_prompt_that_has_ended_its_thinking_is_not_steered_while_thinking(
     assert steered == bool(found.entries)
 
 
+@pytest.mark.parametrize(("written", "steered"), [((), True), ((OPEN, 7), True), ((OPEN, 7, CLOSE, 8), False)])
+def test_tags_that_a_message_quotes_end_no_thinking(
+    vectors: Mapping[str, SteeringVector], written: tuple[int, ...], steered: bool
+) -> None:
+    """Only those count that have been written since generation began."""
+    asked = replace(job(Steer("a", positions="thinking"), prompt=(5, CLOSE, 6, *written)), since=3)
+
+    assert steered == bool(steering(asked, INFO, vectors).entries)
+
+
 def test_no_control_costs_nothing() -> None:
     """Nothing goes to the engine, with a registry or without."""
     assert NOTHING is steering(job(), INFO, None)

@@ -9,7 +9,7 @@ import pytest
 
 from tests.strategies.worlds import PROMPT, SEARCHES, SMALL, World, search
 from thinkserve.server.answer_stops import AnswerStops
-from thinkserve.strategies.engine import Answer, Job
+from thinkserve.strategies.engine import Answer, Job, Phase
 from thinkserve.strategies.testing import SCRIPTED, Recorder, play
 from thinkserve.strategies.tree import Tree
 from thinkserve.strategies.tree_budget import Limits, answer_room
@@ -107,3 +107,14 @@ def test_the_thinking_of_a_model_that_does_not_reason_has_no_budget(name: str) -
     search(name, world, world.task(40, phase=None, max_total_tokens=60), step_tokens=32, **SMALL[name])
 
     assert {None} == {stream.job.thinking_budget for stream in world.history}
+
+
+@pytest.mark.parametrize("name", [*SEARCHES, "single", "majority"])
+@pytest.mark.parametrize(("phase", "since"), [(None, 4), ("answer", 0)])
+def test_jobs_know_from_where_on_tags_are_the_models_own(name: str, phase: Phase | None, since: int) -> None:
+    """What the user has quoted is not; where a template has opened or closed thinking, all count."""
+    world = World({"": ("a\n\n",)}, prompt="q<think>so")
+
+    search(name, world, world.task(phase=phase), **SMALL.get(name, {}))
+
+    assert {since} == {stream.job.since for stream in world.history if stream.job.role == "target"}
