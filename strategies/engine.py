@@ -124,8 +124,7 @@ class Delta:
 class Stream(Protocol):
     """An async iterator of deltas that knows what it cost.
 
-    `generated` is the number of tokens the engine has sampled for this job, those never read included: final once the
-    `generate` block has been left. `cached` is how many prompt tokens came from the prefix cache.
+    `generated` counts the tokens sampled for this job, those never read included; it is final behind the block.
     """
 
     @property
@@ -297,4 +296,5 @@ class Answer:
 class Emit(Protocol):
     """The send side of the runner's bounded stream: awaiting it is back-pressure."""
 
-    async def __call__(self, item: Piece | Event) -> None: ...
+    async def __call__(self, item: Piece | Event) -> None:
+        """Hand on one item."""
