@@ -264,7 +264,7 @@ async def test_a_race_at_its_deadline_decides_with_what_it_has(name: str) -> Non
     """Finished chains vote; the rest is given up."""
     engine = ScriptedEngine(["t</think>\\boxed{7}", "t" * 20_000], tick=0.001)
     entry = registry.get(name)
-    with anyio.fail_after(5), LimitedEngine(engine, None, 0.3) as limited:
+    with anyio.fail_after(10), LimitedEngine(engine, None, 1.0) as limited:
         task = Task(prompt=(5,), max_tokens=10**6, seed=3)
         answer = await entry.run(task, limited, Recorder(), entry.options.model_validate({"k": 2}))
     assert engine.decode(answer.tokens).endswith("\\boxed{7}")

@@ -58,7 +58,7 @@ class Client:
         scope: Scope = {
             "type": "http", "asgi": {"version": "3.0", "spec_version": "2.4"}, "http_version": "1.1", "method": "POST",
             "scheme": "http", "path": "/v1/chat/completions", "raw_path": b"/v1/chat/completions", "query_string": b"",
-            "root_path": "", "headers": [(b"host", b"x"), (b"content-type", b"application/json")],
+            "root_path": "", "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
         }  # fmt: skip
         await self.app(scope, self.receive, self.send)
         return b"".join(message.get("body", b"") for message in self.sent)
