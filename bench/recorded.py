@@ -40,8 +40,8 @@ class Remembering(Around):
 
     @asynccontextmanager
     async def _noted(self, job: Job) -> AsyncIterator[Stream]:
-        # In how many parts tokens come changes none of them.
-        key = replace(job, interval=1)
+        # In how many parts tokens come, and for whom, changes none of them.
+        key = replace(job, interval=1, chain=0)
         if key in self._book.chains:
             yield Told(*self._book.chains[key])
             return

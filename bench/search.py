@@ -116,10 +116,14 @@ def stops(each: Measured) -> str:
     return ", ".join(f"{why} {count / len(each.samples):.2f}" for why, count in counts.most_common())
 
 
+def best_of(done: Sequence[Measured]) -> Measured | None:
+    """The row that the others are compared with, if it has been measured."""
+    return next((each for each in done if each.row.name == BEST), None)
+
+
 def verdicts(done: Sequence[Measured], method: str) -> list[list[str]]:
     """Whether an A*, at the budget where it first is as accurate as best-of-8, spends as little as expected."""
-    by_name = {each.row.name: each for each in done}
-    best, searches = by_name.get(BEST), [each for each in done if each.row.name.startswith(f"{method}@")]
+    best, searches = best_of(done), [each for each in done if each.row.name.startswith(f"{method}@")]
     if best is None or not searches:
         return []
     reached = [each for each in searches if each.accuracy.value >= best.accuracy.value]
@@ -136,7 +140,7 @@ def verdicts(done: Sequence[Measured], method: str) -> list[list[str]]:
 
 def against(done: Sequence[Measured]) -> list[list[str]]:
     """Every other row problem by problem against best-of-8: what it gains, and what it costs as a ratio."""
-    best = next((each for each in done if each.row.name == BEST), None)
+    best = best_of(done)
     if best is None:
         return []
 

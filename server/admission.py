@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import anyio
 
-from thinkserve.server.errors import ApiError, retry_after
+from thinkserve.server.errors import ApiError, draining, retry_after
 from thinkserve.server.metrics import Metrics
 from thinkserve.server.plan import Plan
 
@@ -45,8 +45,7 @@ class Admission:
         """ApiError 503 when there is no place."""
         if self.draining:
             self._metrics.rejected("draining")
-            headers = {**retry_after(5, 30), "Connection": "close"}
-            raise ApiError(503, "draining", "The server is shutting down.", "overloaded_error", None, headers)
+            raise draining({**retry_after(5, 30), "Connection": "close"})
         if self.inflight >= self._max_inflight:
             self._metrics.rejected("inflight")
             raise _overloaded(f"{self.inflight} requests are at work; this server takes no more at once.")

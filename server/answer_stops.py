@@ -13,7 +13,7 @@ from dataclasses import replace
 from thinkserve.strategies.around import Around, Open
 from thinkserve.strategies.engine import Delta, Engine, Job, Stream, Task, Tokens
 from thinkserve.strategies.streams import Ended, Through, parted
-from thinkserve.strategies.text import Phases, find_stop, leading
+from thinkserve.strategies.text import Phases, Stops
 
 
 class AnswerStops(Around):
@@ -46,11 +46,9 @@ class Matcher:
     def __init__(self, engine: Engine, task: Task) -> None:
         self._phases = Phases(engine.info(), task.phase)
         self._detokenizer = engine.detokenizer()
-        self._stop = task.stop
+        self._stops = Stops(task.stop)
         self._keep = max(map(len, task.stop)) - 1
         self._tail = ""
-        self._blank = 0
-        self._begun = False
         self._held: list[int] = []
 
     def find(self, tokens: Tokens) -> int | None:
@@ -66,12 +64,10 @@ class Matcher:
             run, self._held = self._held[:count], self._held[count:]
             if phase == "answer":
                 self._tail += self._detokenizer.push(run)
-        if not self._begun:
-            self._blank = leading(self._tail)
-            self._begun = self._blank < len(self._tail)
-        found = find_stop(self._tail, self._stop, self._blank) is not None
+        found = self._stops.find(self._tail) is not None
         cut = max(0, len(self._tail) - self._keep)
-        self._tail, self._blank = self._tail[cut:], max(0, self._blank - cut)
+        self._tail = self._tail[cut:]
+        self._stops.drop(cut)
         return found
 
 

@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from thinkserve.server import __version__, openapi, probes, routes, steering_routes
 from thinkserve.server.admission import Admission
-from thinkserve.server.auth import Auth, load_keys
+from thinkserve.server.auth import Auth, are_needed, load_keys
 from thinkserve.server.errors import ApiError, from_exception
 from thinkserve.server.json_body import read_body
 from thinkserve.server.middleware import BodyLimit, Guard, RequestContext, answered_hosts
@@ -53,11 +53,11 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 def _middlewares(state: ServerState) -> list[Middleware]:
-    settings = state.settings
+    settings, keys = state.settings, load_keys(state.settings)
     return [
         Middleware(RequestContext),
-        Middleware(Guard, answered_hosts(settings)),
-        Middleware(Auth, load_keys(settings), settings.public_routes, state.metrics),
+        Middleware(Guard, answered_hosts(settings, are_needed(keys))),
+        Middleware(Auth, keys, settings.public_routes, state.metrics),
         Middleware(BodyLimit, settings.max_body_bytes),
     ]
 

@@ -7,7 +7,7 @@ Keys are compared as digests, all of them each time, so the time tells nothing. 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b, sha256
 from pathlib import Path
@@ -74,13 +74,18 @@ def _secrets(kind: str, given: SecretStr | None, file: Path | None) -> list[str]
     return secrets
 
 
+def are_needed(keys: Sequence[Key]) -> bool:
+    """Whether only those are let in who have a key: admin keys alone close nothing."""
+    return any(not key.admin for key in keys)
+
+
 class Auth:
     """ASGI middleware that lets in whoever has a key; without ordinary keys, everybody."""
 
     def __init__(self, app: ASGIApp, keys: tuple[Key, ...], public: tuple[str, ...], metrics: Metrics) -> None:
         self._app = app
         self._keys = keys
-        self._closed = any(not key.admin for key in keys)
+        self._closed = are_needed(keys)
         self._governed = any(key.admin for key in keys)
         self._public = frozenset(public)
         self._metrics = metrics

@@ -84,6 +84,11 @@ def from_exception(exc: BaseException, request_id: str) -> ApiError:
     return ApiError(500, "internal_error", f"Internal error; request id {request_id}.", "server_error", None, NO_RETRY)
 
 
+def draining(headers: Mapping[str, str]) -> ApiError:
+    """The server ends; `headers` say whether to ask again."""
+    return ApiError(503, "draining", "The server is shutting down.", "overloaded_error", None, headers)
+
+
 def _leaves(exc: BaseException) -> Iterator[BaseException]:
     if isinstance(exc, BaseExceptionGroup):
         for member in exc.exceptions:

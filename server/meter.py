@@ -1,8 +1,6 @@
 """MeteredEngine: what a request cost, chain by chain and model by model, as the engines counted it.
 
-Tokens that were sampled but never read are included: a stream's own count is taken after its block has been left. Jobs
-that go on where an earlier one was left (its prompt and what it wrote, or its prompt and seed) and the segments of a
-chain are one chain; a branch of a tree is one as well.
+Tokens that were sampled but never read are included: a stream's own count is taken after its block has been left.
 """
 
 from __future__ import annotations
@@ -10,12 +8,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice, takewhile
 
 from thinkserve.server.metrics import Metrics
 from thinkserve.strategies.around import Around, Open
-from thinkserve.strategies.engine import Delta, Engine, Finish, Job, Path, Role, Score, Stream, Tokens
+from thinkserve.strategies.engine import Delta, Engine, Finish, Job, Path, Role, Score, Stream
 from thinkserve.strategies.errors import EngineFailed
 from thinkserve.strategies.streams import Through
 
@@ -23,46 +21,15 @@ from thinkserve.strategies.streams import Through
 FINISHED: frozenset[Finish | None] = frozenset({"stop", "length", "repetition"})
 
 
-# Among so many of the last chains a job that goes on somewhere before their end is looked for.
-RECENT = 256
-
-
 @dataclass(slots=True)
 class Tally:
     """One chain: tokens generated, prompt tokens found in the cache when it began, and how it ended (None: aborted)."""
 
-    role: Role
-    seed: int | None
-    prompt: Tokens
-    written: list[int] = field(default_factory=list[int])
     generated: int = 0
     cached: int = 0
     finish: Finish | None = None
     live: bool = True
     failed: bool = False
-
-    def repeated(self, job: Job) -> int:
-        """How much of this chain `job` goes on from: tokens of its last job, and one more for the same seed; or 0."""
-        known, seeded = len(self.prompt), self.seed is not None and self.seed == job.seed
-        if self.live or len(job.prompt) <= known or not (seeded or job.prompt[known] in self.written[:1]):
-            return 0
-        rest = zip(self.written, islice(job.prompt, known, None), strict=False)
-        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], rest)) + seeded
-        # Last, because prompts are long, and few chains get here.
-        return same if job.prompt[:known] == self.prompt else 0
-
-    def replaced(self, job: Job) -> bool:
-        """Whether other words stand where this chain's last job began, and `job` goes on behind them."""
-        known = len(self.prompt)
-        return not self.live and 0 < known < len(job.prompt) and job.prompt[:known] == self.prompt
-
-    def go_on(self, job: Job) -> None:
-        """The chain is at work again."""
-        self.prompt, self.live, self.finish, self.written = job.prompt, True, None, []
-
-    def end(self) -> int:
-        """A hash of its prompt and all that it wrote since: what goes on from here begins with that."""
-        return hash((self.role, self.prompt + tuple(self.written)))
 
 
 @dataclass(slots=True)
@@ -83,13 +50,11 @@ class MeteredEngine(Around):
         self.chains: list[Tally] = []
         self.scored = Scored()
         self.jobs: Counter[Role] = Counter()
-        self._helping: list[Tally] = []
+        self._tallies: dict[tuple[Role, int], Tally] = {}
         # Where each job that writes the completion began, in tokens, and what was read of it.
         self._written: list[tuple[int, list[int]]] = []
         self._submitted = 0
         self._found = 0
-        # Who ended where, by hash; None once somebody has gone on from there: whoever does so next is a branch.
-        self._ends: dict[int, Tally | None] = {}
 
     @property
     def finished(self) -> int:
@@ -114,8 +79,8 @@ class MeteredEngine(Around):
     def by_role(self) -> dict[Role, int]:
         """Generated tokens per role."""
         totals: dict[Role, int] = {}
-        for chain in (*self.chains, *self._helping):
-            totals[chain.role] = totals.get(chain.role, 0) + chain.generated
+        for (role, _), chain in self._tallies.items():
+            totals[role] = totals.get(role, 0) + chain.generated
         return totals
 
     def drawn(self, prompt: int, tokens: Sequence[int]) -> int:
@@ -140,24 +105,21 @@ class MeteredEngine(Around):
     @asynccontextmanager
     async def watch(self, open: Open, job: Job) -> AsyncIterator[Stream]:
         """Run a job and add its count to its chain."""
-        chains = self.chains if job.role == "target" else self._helping
-        earlier = self._earlier(job, chains)
-        tally = earlier or Tally(job.role, job.seed, job.prompt)
-        if earlier is None:
-            chains.append(tally)
-            # A tree has thousands, each with a long prompt.
-            if len(chains) > RECENT:
-                chains[-RECENT - 1].prompt = ()
-        else:
-            earlier.go_on(job)
+        key = job.role, job.chain
+        first = key not in self._tallies
+        tally = self._tallies.setdefault(key, Tally())
+        tally.live, tally.finish = True, None
+        if first and job.role == "target":
+            self.chains.append(tally)
         self.jobs[job.role] += 1
+        written = list[int]()
         if job.role in ("target", "guide"):
-            self._written.append((len(job.prompt), tally.written))
+            self._written.append((len(job.prompt), written))
         stream: Stream | None = None
         self._metrics.chains_inflight.inc()
         try:
             async with open(job) as stream:
-                yield _Metered(stream, tally)
+                yield _Metered(stream, tally, written)
         except EngineFailed:
             tally.failed = True
             raise
@@ -165,41 +127,24 @@ class MeteredEngine(Around):
             self._metrics.chains_inflight.dec()
             # Only now, after the block, is the count final.
             tally.live = False
-            if tally.written:
-                self._ends[tally.end()] = tally
             if stream is not None:
                 tally.generated += stream.generated
                 self._submitted += len(job.prompt)
                 self._found += stream.cached
-                tally.cached = stream.cached if earlier is None else tally.cached
-
-    def _earlier(self, job: Job, chains: list[Tally]) -> Tally | None:
-        """The chain that a job goes on with: that which ended right there, or of the last ones the best fit."""
-        end = hash((job.role, job.prompt))
-        if end in self._ends:
-            exact, self._ends[end] = self._ends[end], None
-            return None if exact is None or exact.live else exact
-        recent = chains[-RECENT:]
-        repeated = [chain.repeated(job) for chain in recent]
-        if most := max(repeated, default=0):
-            return recent[repeated.index(most)]
-        # A guide's words, say. Where several chains began at one place, nobody knows which of them they are of.
-        replaced = [chain for chain in recent if chain.replaced(job)]
-        last = max((len(chain.prompt) for chain in replaced), default=0)
-        latest = [chain for chain in replaced if len(chain.prompt) == last]
-        return latest[0] if len(latest) == 1 else None
+                tally.cached = stream.cached if first else tally.cached
 
 
 class _Metered(Through):
-    __slots__ = ("_tally",)
+    __slots__ = ("_tally", "_written")
 
-    def __init__(self, inner: Stream, tally: Tally) -> None:
+    def __init__(self, inner: Stream, tally: Tally, written: list[int]) -> None:
         super().__init__(inner)
         self._tally = tally
+        self._written = written
 
     async def __anext__(self) -> Delta:
         delta = await self._inner.__anext__()
-        self._tally.written += delta.tokens
+        self._written += delta.tokens
         if delta.finish is not None:
             self._tally.finish = delta.finish
         return delta

@@ -97,7 +97,7 @@ def _headers(message: Message, request_id: str, theirs: str | None, seconds: flo
     return headers
 
 
-def answered_hosts(settings: Settings) -> tuple[str, ...]:
+def answered_hosts(settings: Settings, keyed: bool) -> tuple[str, ...]:
     """The hosts that requests may be meant for.
 
     A web page may let a name of its own point to this machine, and is then allowed to read what it asks of it: without
@@ -105,7 +105,6 @@ def answered_hosts(settings: Settings) -> tuple[str, ...]:
     """
     if settings.allowed_hosts:
         return settings.allowed_hosts
-    keyed = settings.api_keys is not None or settings.api_keys_file is not None
     return ("*",) if keyed or not _is_loopback(settings.host) else LOOPBACK
 
 

@@ -77,9 +77,9 @@ class ChatResponse(Response):
         self.state.metrics.disconnected(phase, monotonic() - exchange.gone)
         return True
 
-    def timed_out(self) -> ApiError:
-        """The deadline passed and there is nothing to show."""
-        return errors.from_exception(TimeoutError(), self.plan.request_id)
+    def unanswered(self) -> ApiError:
+        """There is nothing to show: the deadline has passed, or the server had a reason of its own."""
+        return self.execution.cause or errors.from_exception(TimeoutError(), self.plan.request_id)
 
     def told(self, error: Exception) -> ApiError:
         """What the client is told; the log has the engine's own words, and the traceback of what nobody foresaw."""
@@ -118,7 +118,7 @@ class ChatJson(ChatResponse):
         try:
             outcome = await self.state.runner.run(self.execution, self._emit)
             if not usable(outcome):
-                raise self.execution.cause or self.timed_out()
+                raise self.unanswered()
             self.text.flush()
             self.headers["server-timing"] = timing(outcome.usage)
             completion = wire_out.completion(self.plan, self.chat, outcome, self.text)
@@ -200,7 +200,7 @@ class ChatStream(ChatResponse):
 
     async def _finish(self, outcome: Outcome) -> None:
         if not usable(outcome) and not (self.text.reasoning and self.plan.stream_mode != "none"):
-            raise self.execution.cause or self.timed_out()
+            raise self.unanswered()
         blocks = [self._block(phase, text) for phase, text in self.text.flush()]
         if left := self.text.take_logprobs():
             # Of tokens at the end that have no text.

@@ -12,7 +12,7 @@ from time import monotonic
 from anyio import CancelScope, current_time
 
 from thinkserve.server.answer_stops import AnswerStops
-from thinkserve.server.errors import NO_RETRY, ApiError, from_exception, retry_after
+from thinkserve.server.errors import NO_RETRY, ApiError, draining, from_exception, retry_after
 from thinkserve.server.leader import Leader
 from thinkserve.server.limits import LimitedEngine
 from thinkserve.server.meter import FINISHED, MeteredEngine, Tally
@@ -150,13 +150,13 @@ class Execution:
 
     def decide(self) -> None:
         """End all streams as at the deadline, by the server's will: who gets no answer may ask another one."""
-        self.cause = ApiError(503, "draining", "The server is shutting down.", "overloaded_error", None, retry_after())
+        self.cause = draining(retry_after())
         self._limits.end("deadline")
         self._scope.deadline = min(self._scope.deadline, current_time() + GRACE_S)
 
     def abort(self) -> None:
         """Cut the request off."""
-        self.cause = ApiError(503, "draining", "The server is shutting down.", "overloaded_error", None, NO_RETRY)
+        self.cause = draining(NO_RETRY)
         self._scope.cancel()
 
     async def decision(self, emit: Emit) -> Answer:

@@ -18,7 +18,7 @@ from typing import Protocol
 from thinkserve.server.plan import Plan
 from thinkserve.server.wire_types import TokenLogprob, TopLogprob
 from thinkserve.strategies.engine import Detokenizer, ModelInfo, Phase, Piece, Role, Tokens
-from thinkserve.strategies.text import find_stop, leading
+from thinkserve.strategies.text import Stops
 
 SLICE = 64  # tokens with log-probabilities that are turned into text at once: a few milliseconds of the event loop
 LOWEST_LOGPROB = -9999.0  # JSON has no minus infinity; vLLM uses the same number
@@ -53,7 +53,7 @@ class TextOut:
         self._tags = [tag for tag in (info.think_open, info.think_close) if tag]
         self._widest = max((len(tag) for tag in self._tags), default=1)
         self._eos = frozenset(info.eos)
-        self._stop = plan.task.stop
+        self._stops = Stops(plan.task.stop)
         self._show = plan.include_reasoning
         self._want_logprobs = plan.task.logprobs is not None
         self._slice = max(1, SLICE // (1 + (plan.task.logprobs or 0)))
@@ -62,8 +62,6 @@ class TextOut:
         self._maybe_tag: Tokens = ()
         self._fresh = True  # a paragraph of thoughts begins
         self._held = ""
-        self._blank = 0  # white space at the start of what is held and of the answer
-        self._begun = False
         self._arrived = self._released = 0
         self._waiting: deque[tuple[int, TokenLogprob]] = deque()
         # Text and bytes by token: alternatives recur, and there are no more of them than the vocabulary has tokens.
@@ -155,22 +153,20 @@ class TextOut:
             self._fresh = self._fresh and not text
             return self._emit(phase, text)
         text, self._held = self._held + text, ""
-        if not self._begun:
-            self._blank = leading(text)
-            self._begun = self._blank < len(text)
         # The one that is complete first, so that the cut does not depend on how the text was sliced.
-        if found := find_stop(text, self._stop, self._blank):
+        if found := self._stops.find(text):
             _, at, self.stopped = found
             return self._emit(phase, text[:at])
         sure = len(text) - self._ambiguous(text)
-        self._held, self._blank = text[sure:], max(0, self._blank - sure)
+        self._held = text[sure:]
+        self._stops.drop(sure)
         return self._emit(phase, text[:sure])
 
     def _ambiguous(self, text: str) -> int:
         """Length of the longest end of `text` that a stop string may begin with."""
-        longest = max((len(stop) for stop in self._stop), default=1) - 1
+        longest = max(map(len, self._stops.strings), default=1) - 1
         sizes = range(min(longest, len(text)), 0, -1)
-        return next((size for size in sizes if any(stop.startswith(text[-size:]) for stop in self._stop)), 0)
+        return next((size for size in sizes if any(stop.startswith(text[-size:]) for stop in self._stops.strings)), 0)
 
     def _emit(self, phase: Phase, text: str) -> list[tuple[Phase, str]]:
         if phase == "answer":

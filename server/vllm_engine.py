@@ -12,8 +12,6 @@ from functools import cached_property
 from itertools import count
 from typing import TYPE_CHECKING, Any, cast
 
-import anyio
-
 from thinkserve.server.deployment import Local, target_alone
 from thinkserve.server.model_dir import StartError
 from thinkserve.server.plan import Rendered, ServedModel
@@ -37,7 +35,8 @@ from thinkserve.strategies.engine import (
     Stream,
     Tokens,
 )
-from thinkserve.strategies.errors import ReasoningError, Unsupported, leading
+from thinkserve.strategies.errors import ReasoningError, Unsupported
+from thinkserve.strategies.together import together
 
 if TYPE_CHECKING:
     from thinkserve.server.vllm_render import Renderer
@@ -59,13 +58,7 @@ async def start(settings: Settings, places: Sequence[Local]) -> list[ServedModel
     llms = launch(settings, places)
     try:
         backends = [await _serve(settings, *each) for each in zip(places, llms, vectors, strict=True)]
-        async with anyio.create_task_group() as group:
-            for place, backend in zip(places, backends, strict=True):
-                group.start_soon(_warm_up, place, backend)
-    except BaseExceptionGroup as errors:
-        for llm in llms:
-            llm.shutdown(timeout=0)
-        raise leading(errors) from errors
+        await together(_warm_up, zip(places, backends, strict=True))
     except BaseException:
         for llm in llms:
             llm.shutdown(timeout=0)
@@ -73,7 +66,8 @@ async def start(settings: Settings, places: Sequence[Local]) -> list[ServedModel
     return list(backends)
 
 
-async def _warm_up(place: Local, backend: VllmBackend | RewardBackend) -> None:
+async def _warm_up(started: tuple[Local, VllmBackend | RewardBackend]) -> None:
+    place, backend = started
     try:
         await backend.warm_up()
     except ReasoningError as error:

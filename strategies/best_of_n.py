@@ -74,10 +74,11 @@ async def rewarded(race: Race, lanes: Sequence[Lane], options: RewardOptions) ->
         race.warnings.append(options.lose(error))
         return None
     values = [aggregated(cleaned(score.rewards), options.aggregate) for score in scores]
-    if any(unread(score.rewards) for score in scores):
-        race.warnings.append(UNREAD if any(values) else NOTHING_READ)
+    if unread(scores):
         if not any(values):
+            race.warnings.append(NOTHING_READ)
             return None
+        race.warnings.append(UNREAD)
     known = {lane.index: value for lane, value in zip(lanes, values, strict=True)}
     for lane in lanes:
         await race.emit(Event("node.scored", lane.index, {"node": lane.index, "reward": round(known[lane.index], 4)}))

@@ -13,7 +13,7 @@ from typing import Any
 from thinkserve.strategies.engine import Control, Job, ModelInfo, Stream, Tokens
 from thinkserve.strategies.seeds import SEGMENTS, successor
 from thinkserve.strategies.streams import Ended, Recorded
-from thinkserve.strategies.text import rfind
+from thinkserve.strategies.text import Phases
 
 Generate = Callable[[Job], AbstractAsyncContextManager[Stream]]
 
@@ -30,7 +30,7 @@ class ResubmittedChain:
     def __init__(self, generate: Generate, job: Job, info: ModelInfo) -> None:
         self._generate = generate
         self._job = job
-        self._close = info.think_close
+        self._info = info
         self._tokens: list[int] = []
         self._generated = 0
         self._segments = 0
@@ -83,7 +83,12 @@ class ResubmittedChain:
         return tuple(control.later(len(self._tokens)) for control in self._job.controls)
 
     def _thinking_left(self) -> int | None:
-        budget = self._job.thinking_budget
-        if budget is None or not self._close:
-            return budget
-        return None if rfind(self.tokens, self._close) >= 0 else max(0, budget - len(self._tokens))
+        job = self._job
+        if job.thinking_budget is None or not self._info.reasons:
+            return job.thinking_budget
+        # A model may open its thinking itself: its tag is no thought.
+        phases = Phases(self._info, None if job.since else "thinking")
+        phases.push(job.prompt[job.since :] if job.since else ())
+        before = phases.length
+        phases.push(self.tokens)
+        return None if phases.closed else max(0, job.thinking_budget - phases.length + before)

@@ -75,9 +75,9 @@ async def run(task: Task, engine: Engine, emit: Emit, options: DvtsOptions) -> A
     for branch in branches:
         tree.join(branch)
     leaves = [node for subtree in subtrees for node in subtree.last if node.terminal]
-    # A limit may strike while every subtree goes on behind something better.
     bests = [subtree.best for subtree in subtrees]
     through = all(node.terminal for node in bests)
+    # A limit may strike while every subtree goes on behind something better.
     return await conclude(tree, leaves or tree.solutions, bests, options.select, decided=through)
 
 

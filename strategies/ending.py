@@ -175,7 +175,7 @@ class Thought:
             self.close()
             return None
         told = {"rule": ending.rule, "ending": ending.kind, "thinking": self.length}
-        self.tell(Event("budget.forced", self._modified.index(self.job), told))
+        self.tell(Event("budget.forced", self.job.chain, told))
         self.inject(tokens)
         self.began = self.length
         return Splice(keep, tokens)

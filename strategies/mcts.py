@@ -68,9 +68,9 @@ async def run(task: Task, engine: Engine, emit: Emit, options: MctsOptions) -> A
     while not here.terminal and not tree.over:
         for _ in range(options.simulations):
             # A leaf that could not be expanded any more says nothing.
-            cut = cut or tree.over is not None
-            if not cut:
-                await search.simulate(here)
+            if cut := tree.over is not None:
+                break
+            await search.simulate(here)
         step = search.most_visited(here)
         if step is None:
             break

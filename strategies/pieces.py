@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import nan
 
 from thinkserve.strategies.engine import Delta, Emit, Engine, ModelInfo, Phase, Piece, Task, Tokens, TokenStats
-from thinkserve.strategies.text import Phases, find_stop, leading
+from thinkserve.strategies.text import Phases, Stops
 
 
 class Transcript:
@@ -64,8 +64,7 @@ async def write(delta: Delta, transcript: Transcript, emit: Emit) -> None:
 
 def stopped(transcript: Transcript, task: Task, engine: Engine) -> bool:
     """Whether the answer holds a stop string of the caller's, so that nothing follows."""
-    text = engine.decode(transcript.answer) if task.stop else ""
-    return find_stop(text, task.stop, leading(text)) is not None
+    return bool(task.stop) and Stops(task.stop).find(engine.decode(transcript.answer)) is not None
 
 
 UNKNOWN = TokenStats(nan, nan, nan, nan)

@@ -12,6 +12,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from thinkserve.strategies.engine import Score
 from thinkserve.strategies.errors import Lost
 from thinkserve.strategies.registry import Options
 from thinkserve.strategies.text import steps
@@ -58,12 +59,16 @@ def mean(values: Sequence[float]) -> float:
 
 def cleaned(rewards: Iterable[float]) -> tuple[float, ...]:
     """The rewards, failures as 0 (a comparison with NaN is false)."""
-    return tuple(0.0 if unread((reward,)) else reward for reward in rewards)
+    return tuple(reward if _is_reward(reward) else 0.0 for reward in rewards)
 
 
-def unread(rewards: Iterable[float]) -> bool:
+def unread(scores: Iterable[Score]) -> bool:
     """Whether there are failures among the rewards."""
-    return not all(0.0 <= reward <= 1.0 for reward in rewards)
+    return not all(_is_reward(reward) for score in scores for reward in score.rewards)
+
+
+def _is_reward(reward: float) -> bool:
+    return 0.0 <= reward <= 1.0
 
 
 def solution_steps(text: str) -> tuple[str, ...]:

@@ -24,8 +24,6 @@ from thinkserve.strategies.pieces import injected
 from thinkserve.strategies.streams import joined, parted
 
 Begin = Callable[[int], AbstractAsyncContextManager[Stream]]
-# A strategy runs no more chains than this.
-MOST_CHAINS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +84,6 @@ class Modified(Around):
         """Note something for the answer, once."""
         if text not in self.warnings:
             self.warnings.append(text)
-
-    def index(self, job: Job) -> int | None:
-        """Which of the task's chains a job belongs to; only a seed can tell."""
-        seeds = {} if self.task.seed is None else {self.task.job(i).seed: i for i in range(MOST_CHAINS)}
-        return seeds.get(job.seed)
 
     @asynccontextmanager
     async def generate(self, job: Job) -> AsyncIterator[Stream]:

@@ -79,18 +79,28 @@ class Phases:
         return [("answer", waiting - tag.seen)] if waiting > tag.seen else []
 
 
-def find_stop(text: str, stops: Sequence[str], blank: int) -> tuple[int, int, str] | None:
-    """Of the stop strings in a text the one that is complete first, as (end, start, string); None if there is none.
+class Stops:
+    """Stop strings in an answer that grows. Its owner shows what it keeps of it, old and new, and tells what it drops.
 
-    What lies in the first `blank` characters alone is none: they stand between thoughts and answer.
+    The white space before the answer's first word stands between thoughts and answer: what lies in it alone is no stop.
     """
-    starts = ((text.find(stop, max(0, blank - len(stop) + 1)), stop) for stop in stops)
-    return min(((at + len(stop), at, stop) for at, stop in starts if at >= 0), default=None)
 
+    def __init__(self, strings: Sequence[str]) -> None:
+        self.strings = strings
+        self._blank = 0
+        self._begun = False
 
-def leading(text: str) -> int:
-    """How many characters of white space a text begins with."""
-    return len(text) - len(text.lstrip())
+    def find(self, text: str) -> tuple[int, int, str] | None:
+        """The string that is complete first in what is kept, as (end, start, string); None if there is none."""
+        if not self._begun:
+            self._blank = len(text) - len(text.lstrip())
+            self._begun = self._blank < len(text)
+        starts = ((text.find(stop, max(0, self._blank - len(stop) + 1)), stop) for stop in self.strings)
+        return min(((at + len(stop), at, stop) for at, stop in starts if at >= 0), default=None)
+
+    def drop(self, count: int) -> None:
+        """So many characters at the beginning are kept no longer."""
+        self._blank = max(0, self._blank - count)
 
 
 def rfind(tokens: Tokens, wanted: Tokens) -> int:

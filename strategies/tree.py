@@ -163,7 +163,7 @@ class Tree:
             self._refused = REWARDS
             return
         self.spent.passes += len(wanted)
-        if any(unread(score.rewards) for score in scores):
+        if unread(scores):
             self.warn(UNREAD)
         for node, score in zip(wanted, scores, strict=True):
             node.rewards += cleaned(score.rewards)
@@ -224,9 +224,9 @@ class Tree:
         return drafts[:most]
 
     def _draft(self, node: Node) -> Draft:
-        seed = successor(node.seed, node.proposed)
+        index, number = node.proposed, next(self._numbers)
         node.proposed += 1
-        return Draft(node, seed, next(self._numbers))
+        return Draft(node, successor(node.seed, index), number, number if index else node.chain)
 
     async def _write(self, drafts: Sequence[Draft], total: int, room: int | None = None) -> None:
         paths = {draft.parent: draft.parent.tokens for draft in drafts}
@@ -275,6 +275,7 @@ class Tree:
             0 if draft.dead else parent.left - size,
             draft.terminal,
             draft.finish,
+            chain=draft.chain,
         )
 
     async def prune(self, node: Node, reason: str) -> None:

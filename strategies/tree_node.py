@@ -18,7 +18,8 @@ class Node:
     `length` counts the tokens from the prompt to the end of this node, `left` those that the chain may still have: none
     behind a dead end, which is what ends inside its thinking.
     `rewards` are those of all steps of the path, `count` is how many proposals wrote this same text. `terminal`: the
-    solution is complete. `finish` says how the step ended; "stop" of an open node is the blank line.
+    solution is complete. `finish` says how the step ended; "stop" of an open node is the blank line. `chain`: which of
+    the request's chains it is a part of; a node's first proposal goes on with its chain, the others begin their own.
     """
 
     id: int
@@ -33,6 +34,7 @@ class Node:
     count: int = 1
     rewards: tuple[float, ...] = ()
     proposed: int = 0
+    chain: int = 0
     depth: int = field(init=False)
 
     def __post_init__(self) -> None:

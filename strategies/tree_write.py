@@ -25,7 +25,7 @@ GOES_ON: frozenset[Finish] = frozenset({"stop", "length"})
 
 @dataclass(slots=True)
 class Draft:
-    """A proposal below `parent` while it is written; its node will be `number`. `generated` is final in the end.
+    """A proposal below `parent` while it is written, for node `number` of `chain`. `generated` is final in the end.
 
     `terminal`: it completes the solution; `dead`: it has come to its end inside its thinking, without an answer.
     """
@@ -33,6 +33,7 @@ class Draft:
     parent: Node
     seed: int | None
     number: int
+    chain: int
     tokens: list[int] = field(default_factory=list[int])
     logprobs: list[float] = field(default_factory=list[float])
     top: list[tuple[tuple[int, float], ...]] = field(default_factory=list[tuple[tuple[int, float], ...]])
@@ -113,6 +114,7 @@ class Writer:
             stop=() if step is None else (STEP,),
             logprobs=self._logprobs,
             interval=self._task.interval,
+            chain=draft.chain,
         )
 
     def _thinking(self, phases: Phases, allowance: Allowance, room: int) -> int | None:

@@ -239,7 +239,7 @@ class _Watched(Thought):
         if exists:
             self._agree = self._agree + 1 if same else 0
         told = {"thought": number, "exists": exists, "same": same, "count": self._agree}
-        self.tell(Event("verifier", self._trimmed.index(self.job), told))
+        self.tell(Event("verifier", self.job.chain, told))
         if self._agreed and self._options.overthinking:
             self.end(Ending("overthinking", self._kind))
 

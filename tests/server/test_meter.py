@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import replace
-from time import thread_time
 
 import pytest
 from hypothesis import given, settings
@@ -14,9 +11,8 @@ from hypothesis import strategies as st
 from thinkserve.server.meter import MeteredEngine
 from thinkserve.server.metrics import Metrics
 from thinkserve.strategies import registry
-from thinkserve.strategies.engine import Delta, Job, Path, Stream, Task
+from thinkserve.strategies.engine import Job, Path, Task
 from thinkserve.strategies.errors import EngineFailed
-from thinkserve.strategies.streams import Told
 from thinkserve.strategies.testing import Recorder, ScriptedEngine
 
 pytestmark = pytest.mark.anyio
@@ -46,38 +42,27 @@ async def test_tokens_that_nobody_read_are_counted() -> None:
     assert (meter.finished, len(meter.chains)) == (0, 1)
 
 
-async def test_a_job_that_goes_on_where_one_was_left_is_the_same_chain() -> None:
-    """Same seed and a longer prompt: one chain, both counts."""
+@pytest.mark.parametrize("seed", [None, 1])
+async def test_jobs_of_one_number_are_one_chain(seed: int | None) -> None:
+    """One goes on where the other was left, or draws anew what it had written: one chain, both counts."""
     engine = ScriptedEngine(["abcdefgh"])
     meter = metered(engine)
-    job = Job(prompt=(5,), max_tokens=50, seed=1)
+    job = Job(prompt=(5,), max_tokens=50, seed=seed)
     first = await read(meter, job, deltas=3)
-    await read(meter, replace(job, prompt=job.prompt + first))
-    assert len(meter.chains) == 1
-    assert meter.generated == engine.generated == 9
-    assert meter.finished == 1
+    await read(meter, replace(job, prompt=job.prompt + first[:1], max_tokens=2))
+    assert (1, 1) == (len(meter.chains), meter.finished)
+
+    await read(meter, job, deltas=1)
+    assert (1, 0) == (len(meter.chains), meter.finished)
+    assert [3 + 2 + 1] == [chain.generated for chain in meter.chains] == [engine.generated]
 
 
-async def test_a_job_without_a_seed_is_known_by_what_it_repeats() -> None:
-    """Of several chains with the same prompt, the one whose tokens it goes on from; a branch is a chain of its own."""
-    engine = ScriptedEngine(lambda job, index: "abcdefgh"[index:])
-    meter = metered(engine)
-    job = Job(prompt=(5,), max_tokens=3)
-    first, second = [await read(meter, job) for _ in range(2)]
-    await read(meter, replace(job, prompt=job.prompt + second[:2] + engine.encode("!")))
-    assert [3, 6] == [chain.generated for chain in meter.chains]
-
-    await read(meter, replace(job, prompt=job.prompt + first))
-    await read(meter, replace(job, prompt=job.prompt + first))
-    assert [6, 6, 3] == [chain.generated for chain in meter.chains]
-
-
-async def test_jobs_with_other_seeds_or_none_are_chains_of_their_own() -> None:
-    """Where they begin at the same prompt."""
+async def test_jobs_of_other_numbers_are_chains_of_their_own() -> None:
+    """Alike as they may be; each is told what its own first prompt found in the cache."""
     meter = metered(ScriptedEngine(["a"]))
-    for seed in (1, 2, None, None):
-        await read(meter, Job(prompt=(5,), max_tokens=5, seed=seed))
-    assert len(meter.chains) == 4
+    for number in (0, 7, 3):
+        await read(meter, Job(prompt=(5,), max_tokens=5, chain=number))
+    assert [2, 2, 2] == [chain.generated for chain in meter.chains]
 
 
 async def test_the_segments_of_a_chain_are_one_chain() -> None:
@@ -170,62 +155,30 @@ async def test_the_part_of_the_prompts_that_was_cached_is_known_from_the_second_
     assert 0.4 == meter.hit_ratio
 
 
-async def test_a_branch_that_begins_alike_is_a_chain_of_its_own() -> None:
-    """One token in common does not make the second child of one node a child of its sibling's."""
-    texts = {"": ("17+", "17*"), "17*": ("1", "2")}
-    engine = ScriptedEngine(lambda job, _: texts[engine.decode(job.prompt[1:])][len(meter.chains) % 2 - 1])
-    meter = metered(engine)
-    job = Job(prompt=(5,), max_tokens=3)
-    first, second = [await read(meter, job) for _ in range(2)]
-    assert first[:2] == second[:2]
+@pytest.mark.parametrize("commit_peek", [True, False])
+async def test_two_models_that_take_turns_write_one_chain(commit_peek: bool) -> None:
+    """Peeks that are kept, drawn anew or replaced by the guide's drafts are all of it."""
+    known = ScriptedEngine([])
+    prompt = known.encode("q<think>")
+    whole = prompt + known.encode("So 3+4=7.\n\nThen 7+1=8.\n\nWait, is it?\n\nYes.\n\n</think>8") + known.info().eos
+    engine = ScriptedEngine(lambda job, _: whole[len(job.prompt) :], roles=("target", "guide"))
+    meter, entry = metered(engine), registry.get("speculative-thinking")
+    options = entry.options.model_validate({"n1": 8, "commit_peek": commit_peek})
+    await entry.run(Task(prompt=prompt, max_tokens=80, seed=3), meter, Recorder(), options)
 
-    child = replace(job, prompt=job.prompt + second)
-    async with meter.generate(child) as one, meter.generate(child) as other:
-        for stream in (one, other):
-            async for _ in stream:
-                pass
-
-    assert [3, 3 + 2, 2] == [chain.generated for chain in meter.chains]
-
-
-class Terse(ScriptedEngine):
-    """Says one token, whatever it is asked; unlike its base it does not look at what was said before."""
-
-    @asynccontextmanager
-    async def generate(self, job: Job) -> AsyncIterator[Stream]:
-        """One token and the end."""
-        yield Told(Delta((9,), finish="length"))
-
-
-async def test_thousands_of_branches_do_not_slow_each_other_down() -> None:
-    """The chain that a job goes on with is found without looking at all of them."""
-    meter, spent = metered(Terse([])), list[float]()
-    for size in (500, 501):
-        started = thread_time()
-        for index in range(2000):
-            await read(meter, Job((5,) * size + (index % 250 + 10,) * 500, max_tokens=1))
-        spent.append(thread_time() - started)
-
-    assert spent[1] < 3 * spent[0]
-    assert 4000 == len(meter.chains)
-
-
-@pytest.mark.parametrize("seed", [None, 4])
-async def test_a_chain_whose_last_words_others_replaced_is_the_same_chain(seed: int | None) -> None:
-    """A guide's draft in place of the target's peek. Where several began at one place it is nobody's."""
-    engine = ScriptedEngine(["abc"], roles=("target", "guide"))
-    meter = metered(engine)
-    job = Job(prompt=(5,), max_tokens=3, seed=seed)
-    first = await read(meter, job)
-    peek = replace(job, prompt=job.prompt + first, seed=seed and seed + 1)
-    await read(meter, peek)
-    await read(meter, replace(peek, role="guide"))
-    drafted = replace(peek, prompt=peek.prompt + engine.encode("xyz"), seed=seed and seed + 2)
-    await read(meter, drafted)
+    assert meter.jobs["target"] > 3
+    assert meter.jobs["guide"] > 0
     assert (1, 1) == (len(meter.chains), meter.finished)
+    assert meter.generated == engine.generated
 
-    other = replace(job, prompt=(6,))
-    await read(meter, other)
-    await read(meter, replace(other, seed=seed and seed + 3))
-    await read(meter, replace(other, prompt=(6, *engine.encode("xyz")), seed=seed and seed + 4))
-    assert 4 == len(meter.chains)
+
+@pytest.mark.parametrize("name", ["beam", "particle", "dvts", "a-star"])
+async def test_a_search_has_as_many_chains_as_branches(name: str) -> None:
+    """A node's first proposal goes on with its chain; every other one begins a chain."""
+    engine = ScriptedEngine(lambda job, index: f"{index} " + "step\n\n" * 9, roles=("target", "reward"))
+    meter, entry, recorder = metered(engine), registry.get(name), Recorder()
+    await entry.run(Task(prompt=(5,), max_tokens=40, seed=3, phase="answer"), meter, recorder, entry.options())
+
+    parents = [event.data["parent"] for event in recorder.events if event.type == "node.created"]
+    inner = {parent for parent in parents if parent is not None}
+    assert len(parents) - len(inner) == len(meter.chains) > 1

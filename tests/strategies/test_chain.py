@@ -72,15 +72,17 @@ async def test_unread_tokens_cost_but_do_not_enter_the_chain() -> None:
     assert 6 == engine.generated
 
 
-async def test_a_thinking_budget_spans_segments() -> None:
-    """What one segment has thought is not given to the next again."""
-    engine = ScriptedEngine(["thinking</think>answer"])
+@pytest.mark.parametrize(("tag", "since"), [("", 0), ("<think>", 1)])
+async def test_a_thinking_budget_spans_segments(tag: str, since: int) -> None:
+    """What one segment has thought is not given to the next again; a tag that the model writes itself is no thought."""
+    engine = ScriptedEngine([f"{tag}thinking</think>answer"])
+    prompt = engine.encode("q" if tag else "q<think>")
 
-    async with engine.chain(Job(engine.encode("q<think>"), 99, thinking_budget=5)) as chain:
+    async with engine.chain(Job(prompt, 99, thinking_budget=5, since=since)) as chain:
         await advance(chain, 3)
         await advance(chain, 99)
 
-    assert engine.encode("think</think>answer<eos>") == chain.tokens
+    assert engine.encode(f"{tag}think</think>answer<eos>") == chain.tokens
 
 
 async def test_guidance_aims_at_what_is_left_of_its_budget() -> None:
