@@ -54,7 +54,7 @@ def test_every_model_counts_for_itself(portal: BlockingPortal, roles: Roles) -> 
 
     async def write(role: Role, tokens: int) -> None:
         prompt = await meter.render([{"role": "user", "content": QUESTION}], role)
-        job = Job(prompt, tokens, Sampling(temperature=1.0), seed=tokens, role=role, logprobs=5)
+        job = Job(prompt, tokens, Sampling(temperature=1.0), seed=tokens, role=role, logprobs=5, chain=tokens)
         async with meter.generate(job) as stream:
             async for delta in stream:
                 assert all(len(top) == 5 for top in delta.top)

@@ -147,11 +147,29 @@ def run(entry: Strategy, task: Task, engine: Any, options: Options) -> tuple[Ans
 
 
 class Jobs(Around):
-    """An engine around an engine that notes the target's jobs, segments of chains left out."""
+    """An engine around an engine that notes the target's jobs, segments of chains left out.
+
+    `doubled`: those that began while another job of their chain was at work.
+    """
 
     def __init__(self, inner: ScriptedEngine) -> None:
         super().__init__(inner)
         self.seen: list[Job] = []
+        self.doubled: list[Job] = []
+        self._live: list[int] = []
+
+    @asynccontextmanager
+    async def watch(self, open: Open, job: Job) -> AsyncIterator[Stream]:
+        """At work until its block is left."""
+        mine = [job.chain] if job.role == "target" else []
+        self.doubled += [job] if job.chain in self._live and mine else []
+        self._live += mine
+        try:
+            async with open(job) as stream:
+                yield stream
+        finally:
+            for number in mine:
+                self._live.remove(number)
 
     def generate(self, job: Job) -> AbstractAsyncContextManager[Stream]:
         """Noted and handed on."""

@@ -129,6 +129,19 @@ def test_jobs_that_go_on_say_what_was_written(
     assert {task.prompt} >= {job.prompt[: len(job.prompt) - job.written] for job in engine.seen}
 
 
+@EVERY
+@given(task=tasks(), recipe=engines(), draw=st.data())
+def test_jobs_of_one_chain_come_one_after_another(
+    name: str, task: Task, recipe: Callable[[], ScriptedEngine], draw: st.DataObject
+) -> None:
+    """Usage tells chains by their number, so those at work side by side must have several."""
+    entry, engine = registry.get(name), Jobs(recipe())
+
+    run(entry, task, engine, options_of(entry, draw))
+
+    assert [] == engine.doubled
+
+
 def common(first: Tokens, second: Tokens) -> int:
     """How many tokens two sequences begin with together."""
     return next(
