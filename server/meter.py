@@ -23,12 +23,15 @@ FINISHED: frozenset[Finish | None] = frozenset({"stop", "length", "repetition"})
 
 @dataclass(slots=True)
 class Tally:
-    """One chain: tokens generated, prompt tokens found in the cache when it began, and how it ended (None: aborted)."""
+    """One chain: tokens generated, prompt tokens found in the cache when it began, and how it ended (None: aborted).
+
+    `live`: its jobs at work.
+    """
 
     generated: int = 0
     cached: int = 0
     finish: Finish | None = None
-    live: bool = True
+    live: int = 0
     failed: bool = False
 
 
@@ -108,7 +111,7 @@ class MeteredEngine(Around):
         key = job.role, job.chain
         first = key not in self._tallies
         tally = self._tallies.setdefault(key, Tally())
-        tally.live, tally.finish = True, None
+        tally.live, tally.finish = tally.live + 1, None
         if first and job.role == "target":
             self.chains.append(tally)
         self.jobs[job.role] += 1
@@ -126,7 +129,7 @@ class MeteredEngine(Around):
         finally:
             self._metrics.chains_inflight.dec()
             # Only now, after the block, is the count final.
-            tally.live = False
+            tally.live -= 1
             if stream is not None:
                 tally.generated += stream.generated
                 self._submitted += len(job.prompt)

@@ -62,7 +62,7 @@ class Tree:
 
     async def start(self) -> Node:
         """The root, announced."""
-        await self.emit(Event("node.created", None, {"node": 0, "parent": None, "depth": 0, "tokens": 0}))
+        await self.emit(Event("node.created", 0, {"node": 0, "parent": None, "depth": 0, "tokens": 0}))
         return self.root
 
     @property
@@ -217,11 +217,11 @@ class Tree:
         if self.task.sampling.greedy and max(counts.values(), default=0) > 1:
             self.warn(GREEDY)
             counts = dict.fromkeys(counts, 1)
-        drafts = [self._draft(node) for node, number in counts.items() for _ in range(number)]
+        parents = [node for node, number in counts.items() for _ in range(number)]
         # Every proposal may cost a pass of the scorer.
         most = left if self.limits.passes is None else min(left, self.limits.passes - self.spent.passes)
-        self.curtailed = self.curtailed or len(drafts) > most
-        return drafts[:most]
+        self.curtailed = self.curtailed or len(parents) > most
+        return [self._draft(node) for node in parents[:most]]
 
     def _draft(self, node: Node) -> Draft:
         index, number = node.proposed, next(self._numbers)
@@ -251,7 +251,7 @@ class Tree:
                 await self.emit(Event("error", None, {"node": draft.parent.id, "message": str(draft.error)}))
             elif (node := self._node(draft)) is not None:
                 told = {"node": node.id, "parent": draft.parent.id, "depth": node.depth, "tokens": len(draft.tokens)}
-                await self.emit(Event("node.created", None, told))
+                await self.emit(Event("node.created", node.chain, told))
                 first = kept.setdefault((draft.parent, node.text, node.terminal, node.open), node)
                 if first is not node:
                     first.count += 1

@@ -118,3 +118,19 @@ def test_jobs_know_from_where_on_tags_are_the_models_own(name: str, phase: Phase
     search(name, world, world.task(phase=phase), **SMALL.get(name, {}))
 
     assert {since} == {stream.job.since for stream in world.history if stream.job.role == "target"}
+
+
+@pytest.mark.anyio
+async def test_a_proposal_that_is_cut_away_was_never_made() -> None:
+    """Where passes run short; who goes on from there later goes on with the node's chain."""
+    out = Recorder()
+    world = World({"": ("a\n\n", "b\n\n"), "a\n\n": ("x\n\n",), "b\n\n": ("y",)})
+    tree = Tree(world.task(200), world, out, Limits(1000, 0, 200, 50, 40, passes=3))
+
+    first, second = await tree.expand({tree.root: 2})
+    (behind,) = await tree.expand({first: 1, second: 1})
+    end = await tree.finish(second)
+
+    assert tree.curtailed
+    assert ("x\n\n", "y") == (behind.text, end.text)
+    assert [0, second.id] * 2 == [event.chain for event in out.events if event.type == "node.created"]
