@@ -101,8 +101,8 @@ def command(
 ) -> None:
     """Measure, print the tables and one line of JSON, and keep both."""
     count, asked, levels = 12 if quick else problems, Asked(), in_flight or [1, 32]
-    told = {"verifier": Path(verifier).name, "problems": count, "level": level, **asdict(asked)}
-    told |= {"concurrency": " and ".join(map(str, levels))}
+    at_once = {"concurrency": " and ".join(map(str, levels))}
+    told = {"verifier": Path(verifier).name, "problems": count, "level": level, **asdict(asked), **at_once}
     run = Run(f"trimr-at-{'-'.join(map(str, levels))}", model, told, (verifier,))
     found = anyio.run(bench, model, verifier, levels, load(level, count, asked.seed), asked, run.journal())
     lines = [cells(each, rows[0]) for rows in found for each in rows]

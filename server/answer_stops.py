@@ -47,7 +47,6 @@ class Matcher:
         self._phases = Phases(engine.info(), task.phase)
         self._detokenizer = engine.detokenizer()
         self._stops = Stops(task.stop)
-        self._keep = max(map(len, task.stop)) - 1
         self._tail = ""
         self._held: list[int] = []
 
@@ -65,7 +64,7 @@ class Matcher:
             if phase == "answer":
                 self._tail += self._detokenizer.push(run)
         found = self._stops.find(self._tail) is not None
-        cut = max(0, len(self._tail) - self._keep)
+        cut = max(0, len(self._tail) - self._stops.reach)
         self._tail = self._tail[cut:]
         self._stops.drop(cut)
         return found

@@ -78,7 +78,7 @@ class Refused(Unsupported):
 
 def from_exception(exc: BaseException, request_id: str) -> ApiError:
     """What the client is told about `exc`; of a group, the mildest member that has a translation."""
-    known = [error for leaf in _leaves(exc) if (error := _translate(leaf, request_id)) is not None]
+    known = [error for leaf in leaves(exc) if (error := _translate(leaf, request_id)) is not None]
     if known:
         return min(known, key=lambda error: error.status)
     return ApiError(500, "internal_error", f"Internal error; request id {request_id}.", "server_error", None, NO_RETRY)
@@ -89,10 +89,11 @@ def draining(headers: Mapping[str, str]) -> ApiError:
     return ApiError(503, "draining", "The server is shutting down.", "overloaded_error", None, headers)
 
 
-def _leaves(exc: BaseException) -> Iterator[BaseException]:
+def leaves(exc: BaseException) -> Iterator[BaseException]:
+    """The errors in a group, however deep; any other error is its own."""
     if isinstance(exc, BaseExceptionGroup):
         for member in exc.exceptions:
-            yield from _leaves(member)
+            yield from leaves(member)
     else:
         yield exc
 

@@ -45,12 +45,11 @@ class Scored:
 
 
 class MeteredEngine(Around):
-    """Counts everything that is generated and scored through it. `chains` are the target's."""
+    """Counts everything that is generated and scored through it."""
 
     def __init__(self, inner: Engine, metrics: Metrics) -> None:
         super().__init__(inner)
         self._metrics = metrics
-        self.chains: list[Tally] = []
         self.scored = Scored()
         self.jobs: Counter[Role] = Counter()
         self._tallies: dict[tuple[Role, int], Tally] = {}
@@ -58,6 +57,11 @@ class MeteredEngine(Around):
         self._written: list[tuple[int, list[int]]] = []
         self._submitted = 0
         self._found = 0
+
+    @property
+    def chains(self) -> list[Tally]:
+        """The target's, first begun first."""
+        return [tally for (role, _), tally in self._tallies.items() if role == "target"]
 
     @property
     def finished(self) -> int:
@@ -72,7 +76,7 @@ class MeteredEngine(Around):
     @property
     def cached(self) -> int:
         """Prompt tokens that were in the cache before the request: what its first chain found."""
-        return self.chains[0].cached if self.chains else 0
+        return next((chain.cached for chain in self.chains), 0)
 
     @property
     def hit_ratio(self) -> float | None:
@@ -112,8 +116,6 @@ class MeteredEngine(Around):
         first = key not in self._tallies
         tally = self._tallies.setdefault(key, Tally())
         tally.live, tally.finish = tally.live + 1, None
-        if first and job.role == "target":
-            self.chains.append(tally)
         self.jobs[job.role] += 1
         written = list[int]()
         if job.role in ("target", "guide"):

@@ -146,7 +146,7 @@ class Guard:
             return True
         name = re.sub(r":\d+$", "", (host or b"").decode("latin-1").lower())
         # An address in brackets is no pattern.
-        return name in self._hosts or any("*" in host and fnmatchcase(name, host) for host in self._hosts)
+        return name in self._hosts or any("*" in known and fnmatchcase(name, known) for known in self._hosts)
 
 
 class BodyLimit:

@@ -12,7 +12,7 @@ from time import monotonic
 from anyio import CancelScope, current_time
 
 from thinkserve.server.answer_stops import AnswerStops
-from thinkserve.server.errors import NO_RETRY, ApiError, draining, from_exception, retry_after
+from thinkserve.server.errors import NO_RETRY, ApiError, draining, from_exception, leaves, retry_after
 from thinkserve.server.leader import Leader
 from thinkserve.server.limits import LimitedEngine
 from thinkserve.server.meter import FINISHED, MeteredEngine, Tally
@@ -207,15 +207,7 @@ def usable(outcome: Outcome) -> bool:
 
 def _leading(group: BaseExceptionGroup[BaseException]) -> BaseException:
     """The error that stands for a group: the mildest as clients see them."""
-    return min(_leaves(group), key=lambda leaf: from_exception(leaf, "").status)
-
-
-def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
-    for member in group.exceptions:
-        if isinstance(member, BaseExceptionGroup):
-            yield from _leaves(member)
-        else:
-            yield member
+    return min(leaves(group), key=lambda leaf: from_exception(leaf, "").status)
 
 
 def _ends(chains: list[Tally], outcome: RequestOutcome) -> Iterator[tuple[ChainEnd, int]]:

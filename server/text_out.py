@@ -164,8 +164,7 @@ class TextOut:
 
     def _ambiguous(self, text: str) -> int:
         """Length of the longest end of `text` that a stop string may begin with."""
-        longest = max(map(len, self._stops.strings), default=1) - 1
-        sizes = range(min(longest, len(text)), 0, -1)
+        sizes = range(min(self._stops.reach, len(text)), 0, -1)
         return next((size for size in sizes if any(stop.startswith(text[-size:]) for stop in self._stops.strings)), 0)
 
     def _emit(self, phase: Phase, text: str) -> list[tuple[Phase, str]]:

@@ -84,11 +84,11 @@ class ResubmittedChain:
 
     def _thinking_left(self) -> int | None:
         job = self._job
-        if job.thinking_budget is None or not self._info.reasons:
-            return job.thinking_budget
+        if job.thinking_budget is None:
+            return None
         # A model may open its thinking itself: its tag is no thought.
         phases = Phases(self._info, None if job.since else "thinking")
         phases.push(job.prompt[job.since :] if job.since else ())
         before = phases.length
         phases.push(self.tokens)
-        return None if phases.closed else max(0, job.thinking_budget - phases.length + before)
+        return phases.left(job.thinking_budget + before)

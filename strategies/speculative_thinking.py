@@ -285,8 +285,7 @@ class _Chain:
         )
 
     def _thinking_left(self) -> int | None:
-        budget, phases = self._task.thinking_budget, self.transcript.phases
-        return None if budget is None or phases.closed else max(0, budget - phases.length)
+        return self.transcript.phases.left(self._task.thinking_budget)
 
     def _watched(self) -> bool:
         thinking = not self._info.reasons or self.transcript.phases.phase == "thinking"

@@ -36,6 +36,10 @@ class Phases:
         """Thinking tokens so far, tags excluded; what may yet become the closing tag is not counted."""
         return self._thought - self._close.seen if self.phase == "thinking" else self._thought
 
+    def left(self, budget: int | None) -> int | None:
+        """What is left of a budget of thinking tokens; None without one, and once thinking has ended."""
+        return None if budget is None or self.closed else max(0, budget - self.length)
+
     @property
     def held(self) -> int:
         """How many tokens have no label yet, because they may be the start of the opening tag."""
@@ -87,6 +91,8 @@ class Stops:
 
     def __init__(self, strings: Sequence[str]) -> None:
         self.strings = strings
+        # So many characters at the end of a text may be the beginning of a stop string.
+        self.reach = max(map(len, strings), default=1) - 1
         self._blank = 0
         self._begun = False
 

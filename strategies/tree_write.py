@@ -121,8 +121,7 @@ class Writer:
         """What is left of the thinking budget, less what the answer is to have."""
         if phases.closed:
             return None
-        budget = self._task.thinking_budget
-        left = None if budget is None else max(0, budget - phases.length)
+        left = phases.left(self._task.thinking_budget)
         undecided = self._info.reasons and self._task.phase is None and not phases.opened
         if allowance.room is None or not (phases.phase == "thinking" or undecided):
             return left

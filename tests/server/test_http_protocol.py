@@ -77,10 +77,7 @@ def closes_within(connection: socket.socket, seconds: float) -> bool:
     [
         (LONG_BODY, b"401"),
         (LONG_BODY.replace(b"/v1/chat/completions", b"/livez"), b"405"),
-        (
-            LONG_BODY.replace(b"/json", b"/x\r\nAuthorization: Bearer secret"),
-            b"415",
-        ),
+        (LONG_BODY.replace(b"/json", b"/x\r\nAuthorization: Bearer secret"), b"415"),
     ],
     ids=["no key", "wrong method", "not JSON"],
 )

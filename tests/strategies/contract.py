@@ -156,20 +156,19 @@ class Jobs(Around):
         super().__init__(inner)
         self.seen: list[Job] = []
         self.doubled: list[Job] = []
-        self._live: list[int] = []
+        self._live: list[tuple[Role, int]] = []
 
     @asynccontextmanager
     async def watch(self, open: Open, job: Job) -> AsyncIterator[Stream]:
         """At work until its block is left."""
-        mine = [job.chain] if job.role == "target" else []
-        self.doubled += [job] if job.chain in self._live and mine else []
-        self._live += mine
+        key = job.role, job.chain
+        self.doubled += [job] if job.role == "target" and key in self._live else []
+        self._live.append(key)
         try:
             async with open(job) as stream:
                 yield stream
         finally:
-            for number in mine:
-                self._live.remove(number)
+            self._live.remove(key)
 
     def generate(self, job: Job) -> AbstractAsyncContextManager[Stream]:
         """Noted and handed on."""
